@@ -1,0 +1,61 @@
+"""Rectified flow: x_t = (1 - t) x_0 + t x_1, t in [0, 1], 1 is noise; the velocity is x_1 - x_0."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def _over_samples(t: Float[Array, "*batch"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`t`, a scalar or one value a sample, shaped to broadcast against `x`."""
+    t = jnp.asarray(t, x.dtype)
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def interpolate(
+    x0: Float[Array, "..."], noise: Float[Array, "..."], t: Float[Array, "*batch"]
+) -> Float[Array, "..."]:
+    """The point (1 - t) x_0 + t x_1 on the straight path from data to noise."""
+    t = _over_samples(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def x0_from_velocity(
+    x: Float[Array, "..."], velocity: Float[Array, "..."], t: Float[Array, "*batch"]
+) -> Float[Array, "..."]:
+    """The data that a velocity at x_t points to: x_0 = x_t - t u."""
+    return x - _over_samples(t, x) * velocity
+
+
+def noise_from_velocity(
+    x: Float[Array, "..."], velocity: Float[Array, "..."], t: Float[Array, "*batch"]
+) -> Float[Array, "..."]:
+    """The noise that a velocity at x_t comes from: x_1 = x_t + (1 - t) u."""
+    return x + (1 - _over_samples(t, x)) * velocity
+
+
+def velocity_from_x0(
+    x: Float[Array, "..."], x0: Float[Array, "..."], t: Float[Array, "*batch"]
+) -> Float[Array, "..."]:
+    """The velocity at x_t that points to x_0: u = (x_t - x_0) / t; t > 0."""
+    return (x - x0) / _over_samples(t, x)
+
+
+def score_from_velocity(
+    x: Float[Array, "..."], velocity: Float[Array, "..."], t: Float[Array, "*batch"]
+) -> Float[Array, "..."]:
+    """grad log p_t(x_t) = -(x_t + (1 - t) u) / t; t > 0.
+
+    Two scores at one point differ by -((1 - t) / t)(u - u^) (LinVideo, eq. 13).
+    """
+    return -noise_from_velocity(x, velocity, t) / _over_samples(t, x)
+
+
+def guided(
+    conditional: Float[Array, "..."], unconditional: Float[Array, "..."], scale: float
+) -> Float[Array, "..."]:
+    """Classifier-free guidance, Wan's convention: uncond + scale (cond - uncond), so 1 is none."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def shift_time(t, shift: float):
+    """Wan's flow shift of a time or sigma in [0, 1]: shift t / (1 + (shift - 1) t)."""
+    return shift * t / (1 + (shift - 1) * t)

@@ -1,0 +1,133 @@
+"""Grids, solvers and identities of rectified flow against diffusers, and against themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from linvideo_jax.flow import grids, rectified, solvers
+
+STEPS = (1, 2, 3, 8, 50)
+NOISE = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+
+
+def unipc_scheduler(flow_shift):
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=1000,
+        flow_shift=flow_shift,
+        solver_order=2,
+    )
+
+
+def velocity_of(library):
+    """A velocity that is nonlinear in the state and in time, for torch or jax arrays."""
+    return lambda x, t: library.sin(2 * x + 3 * t) + 0.3 * x * t - 0.2 * library.tanh(x) * x
+
+
+def scheduler_run(scheduler):
+    """All states of diffusers' loop; the velocity sees the scheduler's own timesteps."""
+    x, states = torch.from_numpy(NOISE), []
+    for t in scheduler.timesteps:
+        states.append(x.numpy())
+        x = scheduler.step(velocity_of(torch)(x, t.float() / 1000), t, x, return_dict=False)[0]
+    return np.stack([*states, x.numpy()])
+
+
+def our_run(sigmas, sampler):
+    times = grids.network_timesteps(sigmas, sampler) / 1000
+    run = jax.jit(
+        lambda noise: solvers.sample(
+            velocity_of(jnp), noise, sigmas, sampler, trajectory=True, times=times
+        )
+    )
+    final, seen = run(NOISE)
+    assert seen.velocities.shape == seen.states.shape == (len(sigmas) - 1, *NOISE.shape)
+    assert final.dtype == jnp.float32
+    return np.concatenate([seen.states, final[None]])
+
+
+def relative_error(ours, theirs):
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", STEPS)
+def test_unipc_follows_diffusers(steps, flow_shift):
+    scheduler = unipc_scheduler(flow_shift)
+    scheduler.set_timesteps(steps)
+    sigmas = grids.sigma_grid(steps, flow_shift)
+    np.testing.assert_array_equal(sigmas.astype(np.float32), scheduler.sigmas.numpy())
+    assert relative_error(our_run(sigmas, "unipc"), scheduler_run(scheduler)) < 1e-5
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_euler_follows_diffusers(steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1e-3, steps + 1)[:-1])
+    sigmas = grids.sigma_grid(steps, 3.0)
+    np.testing.assert_allclose(sigmas, scheduler.sigmas.numpy(), atol=2e-6)
+    assert relative_error(our_run(sigmas, "euler"), scheduler_run(scheduler)) < 1e-5
+
+
+def test_network_timesteps_are_those_of_diffusers():
+    for flow_shift in (1.0, 3.0, 5.0, 8.0):
+        scheduler = unipc_scheduler(flow_shift)
+        for steps in range(1, 101):
+            scheduler.set_timesteps(steps)
+            ours = grids.network_timesteps(grids.sigma_grid(steps, flow_shift), "unipc")
+            np.testing.assert_array_equal(ours, scheduler.timesteps.numpy())
+
+
+def test_original_grid():
+    """Figures of Wan's fm_solvers_unipc.py at shift 5 and 50 steps."""
+    timesteps = grids.network_timesteps(grids.sigma_grid(50, 5.0, "original"), "unipc")
+    assert timesteps[:3].tolist() == [999, 995, 991]
+    assert timesteps[-2:].tolist() == [172, 92]
+
+
+def test_straight_flow_is_solved_exactly():
+    """From any number of steps: a velocity that does not change along the path has no error."""
+    data = NOISE[::-1].copy()
+    for sampler in solvers.SAMPLERS:
+        for steps in (1, 2, 7):
+            sigmas = grids.sigma_grid(steps, 3.0)
+            final = solvers.sample(lambda x, t: (x - data) / t, NOISE, sigmas, sampler)
+            np.testing.assert_allclose(final, data, atol=1e-5)
+
+
+def test_unipc_is_more_accurate_than_euler():
+    def final(sampler, steps):
+        return np.asarray(
+            solvers.sample(velocity_of(jnp), NOISE, grids.sigma_grid(steps, 3.0), sampler)
+        )
+
+    exact = final("unipc", 200)
+    error = {s: np.abs(final(s, 20) - exact).mean() for s in solvers.SAMPLERS}
+    assert error["unipc"] < 0.5 * error["euler"]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unipc, euler"):
+        solvers.sample(velocity_of(jnp), NOISE, grids.sigma_grid(2, 3.0), "heun")
+    with pytest.raises(ValueError, match="diffusers, original"):
+        grids.sigma_grid(2, 3.0, "karras")
+    with pytest.raises(ValueError, match="steps >= 1"):
+        grids.sigma_grid(0, 3.0)
+
+
+def test_identities():
+    x0, noise, t = NOISE, NOISE[::-1].copy(), np.array([0.3, 0.8], np.float32)
+    x, u = rectified.interpolate(x0, noise, t), noise - x0
+    np.testing.assert_allclose(rectified.x0_from_velocity(x, u, t), x0, atol=1e-5)
+    np.testing.assert_allclose(rectified.noise_from_velocity(x, u, t), noise, atol=1e-5)
+    np.testing.assert_allclose(rectified.velocity_from_x0(x, x0, t), u, atol=1e-5)
+    # log p(x_t | x_0) is normal with mean (1 - t) x_0 and deviation t.
+    score = rectified.score_from_velocity(x, u, t)
+    wide = t.reshape(2, 1, 1, 1)
+    np.testing.assert_allclose(score, -(x - (1 - wide) * x0) / wide**2, atol=1e-4)
+    np.testing.assert_allclose(rectified.guided(u, x0, 1.0), u, atol=1e-6)
+    assert rectified.shift_time(0.5, 3.0) == 0.75
