@@ -85,6 +85,7 @@ def sample(
     sampler: str = "unipc",
     *,
     trajectory: bool = False,
+    has_aux: bool = False,
     times: Float[np.ndarray, " steps"] | None = None,
 ):
     """Integrates dx/dsigma = velocity from sigmas[0] to sigmas[-1] = 0; works inside jit.
@@ -95,11 +96,13 @@ def sample(
       sigmas: concrete, falling, the last one 0 (`grids.sigma_grid`).
       sampler: "unipc" or "euler".
       trajectory: also return what the network saw and said.
+      has_aux: `velocity` returns (velocity, anything); also return its anythings, stacked by step.
       times: what `velocity` receives as time, one a step; the sigmas if None.
 
     Returns:
       The state at 0, float32, of noise's shape; with `trajectory` the pair (state, Trajectory),
-      whose states are those that the velocity was taken at (UniPC's predicted, uncorrected ones).
+      whose states are those that the velocity was taken at (UniPC's predicted, uncorrected ones);
+      with `has_aux` the pair (state, stacked aux).
 
     Raises:
       ValueError: an unknown sampler.
@@ -113,15 +116,18 @@ def sample(
     def step(carry, row):
         x, last, m1, m2 = carry
         sigma, time, c, p = row
-        v = velocity(x, time).astype(jnp.float32)
+        v, aux = velocity(x, time) if has_aux else (velocity(x, time), None)
+        v = v.astype(jnp.float32)
         m = x - sigma * v
         corrected = c[0] * x + c[1] * last + c[2] * m + c[3] * m1 + c[4] * m2
         following = p[0] * corrected + p[1] * m + p[2] * m1
-        return (following, corrected, m, m1), ((x, v) if trajectory else None)
+        return (following, corrected, m, m1), (aux if has_aux else (x, v) if trajectory else None)
 
     noise = jnp.asarray(noise, jnp.float32)
     rows = (sigmas[:-1], times, table.corrector, table.predictor)
     rows = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), rows)
     empty = jnp.zeros_like(noise)
     (x, *_), seen = jax.lax.scan(step, (noise, empty, empty, empty), rows)
+    if has_aux:
+        return x, seen
     return (x, Trajectory(*seen)) if trajectory else x
