@@ -1,0 +1,54 @@
+"""wan-digits from scratch: python train.py --config=configs/digits_pretrain.py --workdir=runs/pretrain
+
+One H100 80GB, about 20 minutes; figures and curves in docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.model = "wan_digits"
+    config.checkpoint = ""  # a folder to go on from
+    config.prompts = "assets/prompts_digits_test.txt"
+    config.seed = 0
+    config.stages = ("pretrain",)
+
+    config.pretrain = pretrain = ConfigDict()
+    pretrain.parts = ("vae", "transformer")
+    pretrain.sampling = ConfigDict(
+        {
+            "sampler": "unipc",
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,  # measured: docs/results.md
+            "flow_shift": 3.0,  # Wan2.1 at 480p, diffusers' default
+        }
+    )
+
+    pretrain.vae = vae = ConfigDict()
+    vae.num_frames = 17
+    vae.batch_size = 32
+    vae.num_steps = 6000
+    vae.learning_rate = 2e-3
+    vae.digit_weight = 4.0  # digits are 10% of the pixels and all of the information
+    vae.kl_weight = 5e-5  # near the evidence bound at the error reached: 2 mse latents / pixels
+    vae.dtype = "bfloat16"
+    vae.save_every = 2000
+    vae.log_every = 50
+
+    pretrain.transformer = transformer = ConfigDict()
+    transformer.sizes = (
+        ConfigDict({"num_frames": 25, "num_clips": 131_072, "batch_size": 256, "every": 0}),
+    )
+    transformer.captions_per_clip = 3
+    transformer.encode_batch_size = 128
+    transformer.caption_dropout = 0.1
+    transformer.flow_shift = 3.0  # of the training times, as prototypes of this task did
+    transformer.num_steps = 15_000
+    transformer.learning_rate = 3e-3
+    transformer.lr_warmup_steps = 300
+    transformer.ema_decay = 0.999
+    transformer.dtype = "bfloat16"
+    transformer.save_every = 3000
+    transformer.log_every = 50
+    return config

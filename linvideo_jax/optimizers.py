@@ -1,0 +1,41 @@
+"""Optimisers by name, on parameter trees whose layers are stacked on their first axis."""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+MATRICES = ("to_q", "to_k", "to_v", "to_out", "linear_1", "linear_2", "wi_0", "wi_1", "wo", "q", "k", "v", "o")
+
+
+def warmup_cosine(learning_rate: float, num_steps: int, warmup_steps: int, end: float = 0.0):
+    """Linear warm-up, then a cosine to `end * learning_rate` at `num_steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps, max(num_steps, warmup_steps + 1), end * learning_rate
+    )
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Muon's axes for the weight matrices of transformer blocks; None (Adam) for all else."""
+
+    def axes(path, leaf):
+        names = [str(getattr(key, "key", key)) for key in path]
+        stacked_matrix = "blocks" in names and names[-1] == "kernel" and leaf.ndim == 3
+        return MuonDimensionNumbers(1, 2) if stacked_matrix and names[-2] in MATRICES else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def muon_with_adam(learning_rate, adam_learning_rate) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks (one orthogonalisation a layer), Adam for the rest.
+
+    Updates are scaled to Adam's root mean square (0.2), so that both rates have one meaning.
+    """
+    return muon(
+        learning_rate,
+        adam_learning_rate=adam_learning_rate,
+        adam_b2=0.99,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrix_axes,
+    )

@@ -1,0 +1,17 @@
+"""The stages that a configuration names, each `run(config, workdir)` in a module of its name."""
+
+import importlib
+from pathlib import Path
+
+from linvideo_jax.errors import UserError
+
+STAGES = ("pretrain", "collect", "transfer", "evaluate")
+
+
+def run(config, workdir: Path) -> None:
+    """Runs `config.stages` in their order; each finds what it finished before and goes on from there."""
+    unknown = [stage for stage in config.stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"stages names {', '.join(unknown)}; known are {', '.join(STAGES)}.")
+    for stage in config.stages:
+        importlib.import_module(f"linvideo_jax.stages.{stage}").run(config, Path(workdir))

@@ -1,0 +1,124 @@
+"""Text encoder and video transformer of wan-digits, trained together by rectified flow."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from linvideo_jax import loop, optimizers
+from linvideo_jax.data import captions, digits
+from linvideo_jax.flow import rectified
+from linvideo_jax.models import module, vae
+from linvideo_jax.models.umt5 import UMT5Encoder
+from linvideo_jax.models.wan import WanTransformer
+from linvideo_jax.progress import Progress
+from linvideo_jax.stages.pretrain.vae import encoder
+
+Data = dict[str, jax.Array]
+
+
+def make_data(settings, size, sizes, vae_params, tokenizer, seed: int) -> Data:
+    """Clips of one size as normalised latents and captions as token ids, on the device."""
+    rng = np.random.default_rng([seed, size.num_frames])
+    attributes = digits.sample_attributes(rng, size.num_clips, size.num_frames)
+    ids, lengths = zip(
+        *(
+            tokenizer.encode(captions.captions(attributes, rng))
+            for _ in range(settings.captions_per_clip)
+        ),
+        strict=True,
+    )
+    width = max(array.shape[1] for array in ids)
+    ids = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in ids]
+    encode = encoder(sizes.vae, size.num_frames, jnp.dtype(settings.dtype))
+    normalize = jax.jit(lambda latents: vae.normalize(latents, sizes.vae).astype(jnp.bfloat16))
+    images, latents = jax.device_put(digits.digit_images()), []
+    batch = settings.encode_batch_size
+    with Progress(f"latents of {size.num_frames} frames", size.num_clips) as progress:
+        for start in range(0, size.num_clips, batch):
+            rows = attributes.take(slice(start, start + batch))
+            latents.append(normalize(encode(vae_params, rows, images)))
+            if start // batch % 16 == 0:
+                latents[-1].block_until_ready()
+                progress.update(start + batch, "clips")
+    empty_ids, empty_length = tokenizer.encode([""])
+    return {
+        "latents": jnp.concatenate(latents),
+        "ids": jnp.asarray(np.stack(ids, 1), jnp.int32),
+        "lengths": jnp.asarray(np.stack(lengths, 1), jnp.int32),
+        "empty_ids": jnp.asarray(np.pad(empty_ids[0, :1], (0, width - 1)), jnp.int32),
+        "empty_length": jnp.asarray(empty_length[0], jnp.int32),
+    }
+
+
+def make_update(settings, sizes, optimizer, batch_size: int):
+    """A jitted (state, data, step, key) -> (state, metrics): one step of rectified flow."""
+    dtype = jnp.dtype(settings.dtype)
+
+    def loss(params, data, key):
+        keys = jax.random.split(key, 5)
+        rows = jax.random.randint(keys[0], (batch_size,), 0, data["latents"].shape[0])
+        wording = jax.random.randint(keys[1], (batch_size,), 0, data["ids"].shape[1])
+        dropped = jax.random.bernoulli(keys[2], settings.caption_dropout, (batch_size,))
+        ids = jnp.where(dropped[:, None], data["empty_ids"], data["ids"][rows, wording])
+        lengths = jnp.where(dropped, data["empty_length"], data["lengths"][rows, wording])
+        x0 = data["latents"][rows].astype(jnp.float32)
+        noise = jax.random.normal(keys[3], x0.shape)
+        t = rectified.shift_time(jax.random.uniform(keys[4], (batch_size,)), settings.flow_shift)
+        text = module.bind(UMT5Encoder, sizes.text_encoder, params["text_encoder"])(
+            ids, lengths, dtype=dtype
+        )
+        text = jnp.where(jnp.arange(ids.shape[1])[:, None] < lengths[:, None, None], text, 0)
+        u = module.bind(WanTransformer, sizes.transformer, params["transformer"])(
+            rectified.interpolate(x0, noise, t), 1000.0 * t, text, lengths, dtype=dtype, remat=True
+        )
+        return jnp.mean(jnp.square(u - (noise - x0)))
+
+    @jax.jit
+    def update(state, data, step, key):
+        value, grads = jax.value_and_grad(loss)(state["params"], data, key)
+        changes, moments = optimizer.update(grads, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], changes)
+        decay = jnp.minimum(settings.ema_decay, (1.0 + step) / (10.0 + step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
+        metrics = {"loss": value, "gradient_norm": optax.global_norm(grads)}
+        return {"params": params, "ema": ema, "optimizer": moments}, metrics
+
+    return update
+
+
+def train(settings, sizes, datas: list[Data], folder: Path, seed: int, params: Any):
+    """Trains {"text_encoder", "transformer"} on the sizes' data in turn; returns the averaged weights.
+
+    A size with `every` = k takes each k-th step; the first size takes the others.
+    """
+    schedule = optimizers.warmup_cosine(
+        settings.learning_rate, settings.num_steps, settings.lr_warmup_steps, 0.02
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optimizers.muon_with_adam(schedule, schedule)
+    )
+    updates = [make_update(settings, sizes, optimizer, size.batch_size) for size in settings.sizes]
+    key = jax.random.key(seed)
+
+    def update(state, step):
+        turn = 0
+        for index, size in enumerate(settings.sizes):
+            if size.every and step % size.every == size.every - 1:
+                turn = index
+        return updates[turn](state, datas[turn], step, jax.random.fold_in(key, step))
+
+    params = jax.tree.map(jnp.asarray, params)
+    state = loop.run(
+        "transformer",
+        update,
+        {"params": params, "ema": params, "optimizer": optimizer.init(params)},
+        num_steps=settings.num_steps,
+        folder=folder,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+    )
+    return state["ema"]
