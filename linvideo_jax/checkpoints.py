@@ -1,0 +1,323 @@
+"""Our checkpoint folder, the same whether converted, trained or distilled.
+
+    DIR/{config.json, manifest.json, scheduler_config.json,
+         tokenizer/, transformer/, vae/, text_encoder/}
+
+The last three are Orbax trees with one array per layer and parameter, stacked when loaded.
+config.json holds the sizes of each part under diffusers' key names, `linear_layers` (counted from
+0), `feature_map` and the sampling defaults; nothing else stores them.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+import linvideo_jax
+from convert import importer
+from convert.importer import SAMPLING
+from convert.tensors import read_json
+from linvideo_jax import folders
+from linvideo_jax.errors import UserError
+from linvideo_jax.models.module import Params
+from linvideo_jax.models.tokenizer import Tokenizer
+from linvideo_jax.models.umt5 import UMT5Config
+from linvideo_jax.models.vae import VAEConfig
+from linvideo_jax.models.wan import WanConfig, initial_feature_map
+from linvideo_jax.parts import FEATURE_MAP, PARTS, Flat, flat_shapes, flatten, unflatten
+
+MANIFEST = "manifest.json"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint; a part that was not asked for is None.
+
+    config: as in config.json; transformer, vae, text_encoder: parameters as nested dicts of JAX
+    arrays, layers stacked; tokenizer_folder and scheduler (diffusers' scheduler_config.json): to be
+    handed to `save`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    wan_config: WanConfig | None
+    transformer: Params | None
+    vae_config: VAEConfig | None
+    vae: Params | None
+    umt5_config: UMT5Config | None
+    text_encoder: Params | None
+    tokenizer: Tokenizer | None
+    tokenizer_folder: Path | None
+    scheduler: dict[str, Any]
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Layers whose self-attention is linear, counted from 0."""
+        return tuple(self.config["linear_layers"])
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The defaults with which this model is sampled."""
+        return {key: self.config[key] for key in SAMPLING}
+
+
+def make_config(
+    transformer: WanConfig | None = None,
+    vae: VAEConfig | None = None,
+    text_encoder: UMT5Config | None = None,
+    *,
+    linear_layers: Sequence[int] = (),
+    sampling: Mapping[str, Any] = SAMPLING,
+) -> dict[str, Any]:
+    """The content of config.json; what `sampling` lacks is diffusers' default."""
+    models = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    return {
+        **{part: model.to_dict() for part, model in models.items() if model is not None},
+        "linear_layers": sorted(int(layer) for layer in linear_layers),
+        "feature_map": transformer.feature_map if transformer is not None else None,
+        **SAMPLING,
+        **{key: sampling[key] for key in SAMPLING if key in sampling},
+    }
+
+
+def default_scheduler(flow_shift: float) -> dict[str, Any]:
+    """diffusers' scheduler_config.json of the scheduler that Wan2.1's checkpoints name."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": flow_shift,
+        "solver_order": 2,
+        "solver_type": "bh2",
+    }
+
+
+def save(
+    folder: Path | str,
+    *,
+    config: Mapping[str, Any],
+    transformer: Params | None = None,
+    vae: Params | None = None,
+    text_encoder: Params | None = None,
+    tokenizer: Path | str | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    source: str | None = None,
+) -> None:
+    """Writes a checkpoint whole or not at all; it replaces one that is there.
+
+    config: see `make_config`; tokenizer: a folder to copy; dtype: "float32", "bfloat16", "float16",
+    or None to keep each array's own; source: where the weights are from, for the manifest.
+    Feature maps are written for the linear layers only. UserError if `folder` cannot be written, or
+    a value is beyond `dtype`; ValueError if parameters do not fit the config.
+    """
+    params = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    flat = {part: flatten(tree) for part, tree in params.items() if tree is not None}
+    save_flat(
+        folder,
+        config=config,
+        flat=flat,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        dtype=dtype,
+        source=source,
+    )
+
+
+def save_flat(
+    folder: Path | str,
+    *,
+    config: Mapping[str, Any],
+    flat: Mapping[str, Flat],
+    tokenizer: Path | str | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    source: str | None = None,
+) -> None:
+    """`save` of parameters under flat names, by part."""
+    config = dict(config)
+    stored = {part: _stored(part, config, arrays, dtype) for part, arrays in flat.items()}
+    with folders.replaced(Path(folder), marker=MANIFEST) as new:
+        for part, arrays in stored.items():
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(new / part, _nested(arrays))
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, new / "tokenizer")
+        scheduler = dict(scheduler or default_scheduler(config["flow_shift"]))
+        _write_json(new / "scheduler_config.json", scheduler)
+        _write_json(new / "config.json", config)
+        manifest = {
+            "linvideo_jax": linvideo_jax.__version__,
+            "source": source,
+            "parts": {part: _summary(arrays) for part, arrays in stored.items()},
+        }
+        _write_json(new / MANIFEST, manifest)
+
+
+def load(
+    folder: Path | str,
+    parts: Sequence[str] = tuple(PARTS),
+    *,
+    dtype: str | None = "float32",
+) -> Checkpoint:
+    """Loads a checkpoint of ours, a folder in diffusers' layout, or a transformer-only folder.
+
+    parts: which networks; dtype: of the parameters, None for those stored. Feature maps of layers
+    that are not linear are the initial ones. UserError for a folder that is none of the three,
+    lacks a part, or is damaged.
+    """
+    config, flat, tokenizer, scheduler = read_flat(folder, parts)
+    models = model_configs(config)
+    if "transformer" in parts and config["feature_map"]:
+        initial = initial_feature_map(models["transformer"])
+        filled = flatten({"blocks": {"attn1": {"feature_map": initial}}})
+        flat["transformer"] = filled | flat["transformer"]
+    to = None if dtype is None else DTYPES[dtype]
+    params = {part: unflatten(part, models[part], flat.pop(part), to) for part in parts}
+    return Checkpoint(
+        path=Path(folder),
+        config=config,
+        wan_config=models.get("transformer"),
+        transformer=params.get("transformer"),
+        vae_config=models.get("vae"),
+        vae=params.get("vae"),
+        umt5_config=models.get("text_encoder"),
+        text_encoder=params.get("text_encoder"),
+        tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
+        tokenizer_folder=tokenizer,
+        scheduler=scheduler,
+    )
+
+
+def model_configs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of every part that config.json describes."""
+    models = {part: PARTS[part].config.from_dict(config[part]) for part in PARTS if part in config}
+    if "transformer" in models:
+        models["transformer"] = replace(models["transformer"], feature_map=config["feature_map"])
+    return models
+
+
+def read_flat(
+    folder: Path | str, parts: Sequence[str] = tuple(PARTS)
+) -> tuple[dict[str, Any], dict[str, Flat], Path | None, dict[str, Any]]:
+    """config, stored arrays by part and flat name, tokenizer folder and scheduler of any folder
+    that `load` takes; feature maps of the linear layers only."""
+    path = Path(folder)
+    folders.recover(path)
+    if (path / MANIFEST).exists():
+        return _read_own(path, parts)
+    if importer.kind_of(path) is None:
+        what = "is no checkpoint" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {what}: give a folder that this program wrote (with {MANIFEST}), one in "
+            "diffusers' layout (model_index.json), or a transformer-only one (config.json, base)."
+        )
+    source = importer.find(path, parts)
+    return source_config(source), importer.read(source, parts), source.tokenizer, source.scheduler
+
+
+def source_config(source: importer.Source) -> dict[str, Any]:
+    """The config.json of a folder from PyTorch's world."""
+    layers = source.config["linear_layers"]
+    return make_config(**source.models, linear_layers=layers, sampling=source.config)
+
+
+def _read_own(path: Path, parts: Sequence[str]):
+    config = read_json(path / "config.json")
+    lacking = [key for key in ("linear_layers", "feature_map", *SAMPLING) if key not in config]
+    if lacking:
+        raise UserError(f"{path / 'config.json'} lacks {', '.join(lacking)}.")
+    flat = {}
+    for part in parts:
+        if part not in config or not (path / part).is_dir():
+            raise UserError(f"{path} has no {part}: convert or save it with that part.")
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                flat[part] = flatten_disk(checkpointer.restore((path / part).absolute()))
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(f"{path / part} is damaged or not complete ({first}).") from error
+        problem = _misfit(_wanted(part, config), flat[part])
+        if problem:
+            raise UserError(f"{path / part} does not fit config.json: {problem}.")
+    tokenizer = path / "tokenizer"
+    scheduler = read_json(path / "scheduler_config.json")
+    return config, flat, tokenizer if tokenizer.is_dir() else None, scheduler
+
+
+def _wanted(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes by flat name of what is on disk: feature maps of the linear layers only."""
+    linear = {str(layer) for layer in config["linear_layers"]}
+    shapes = flat_shapes(part, model_configs(config)[part])
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if FEATURE_MAP not in name or name.split(".")[1] in linear
+    }
+
+
+def _misfit(wanted: Mapping[str, tuple[int, ...]], flat: Flat) -> str:
+    """What differs between the shapes wanted and the arrays there; empty if nothing does."""
+    kinds = {
+        "missing": wanted.keys() - flat.keys(),
+        "unknown": flat.keys() - wanted.keys(),
+        "of another shape": [n for n in wanted.keys() & flat.keys() if flat[n].shape != wanted[n]],
+    }
+    return "; ".join(f"{kind}: {importer.grouped(names)}" for kind, names in kinds.items() if names)
+
+
+def _stored(part: str, config: Mapping[str, Any], flat: Flat, dtype: str | None) -> Flat:
+    wanted = _wanted(part, config)
+    flat = {name: a for name, a in flat.items() if name in wanted or FEATURE_MAP not in name}
+    if problem := _misfit(wanted, flat):
+        raise ValueError(f"{part} does not fit the config: {problem}.")
+    return flat if dtype is None else {name: _cast(name, a, dtype) for name, a in flat.items()}
+
+
+def _cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(DTYPES[dtype])
+    if (np.isinf(cast) & ~np.isinf(array)).any():
+        raise UserError(f"{name} has values beyond {dtype}; choose float32 or bfloat16.")
+    return cast
+
+
+def _summary(flat: Flat) -> dict[str, Any]:
+    dtypes = sorted({str(array.dtype) for array in flat.values()})
+    return {"parameters": sum(array.size for array in flat.values()), "dtypes": dtypes}
+
+
+def _nested(flat: Flat) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = np.ascontiguousarray(array)
+    return tree
+
+
+def flatten_disk(tree: Mapping[str, Any], prefix: str = "") -> Flat:
+    """Arrays by flat name of a tree as it is on disk, where layers are not stacked."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten_disk(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,50 @@
+"""Folders that are written whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from linvideo_jax.errors import UserError
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.parent / f".{folder.name}.{suffix}"
+
+
+def recover(folder: Path) -> None:
+    """Puts the old folder back if a writer was killed between the two renames of `replaced`."""
+    old = _beside(folder, "old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+@contextmanager
+def replaced(folder: Path, marker: str | None = None) -> Iterator[Path]:
+    """Yields an empty folder beside `folder` that takes its name when the block ends without error.
+
+    Killed at any moment, `folder` is what it was, or complete (`recover` sees to the moment between
+    the two renames). A folder that is not empty is only replaced if it holds the file `marker`, so
+    that a mistyped path costs nobody their files. UserError if the place cannot be written.
+    """
+    folder = folder.absolute()
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    try:
+        recover(folder)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; choose another folder to write to.")
+        ours = marker is not None and (folder / marker).exists()
+        if folder.exists() and any(folder.iterdir()) and not ours:
+            raise UserError(f"{folder} exists and holds other files; choose a new or empty folder.")
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

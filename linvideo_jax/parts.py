@@ -1,0 +1,95 @@
+"""The three networks of a video model, and their parameters as one flat dict: the form on disk.
+
+A module stacks its layers under `blocks`, on axis 0. Flat, each layer has arrays of its own:
+`blocks.attn1.to_q.kernel` of 30 layers is `blocks.0.attn1.to_q.kernel` to `blocks.29...`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from linvideo_jax.models import module
+from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
+from linvideo_jax.models.vae import VAEConfig, WanVAE
+from linvideo_jax.models.wan import WanConfig, WanTransformer
+
+STACKED = "blocks"
+FEATURE_MAP = ".feature_map."
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network: its module class and its configuration class."""
+
+    module: type
+    config: type
+
+
+PARTS = {
+    "transformer": Part(WanTransformer, WanConfig),
+    "vae": Part(WanVAE, VAEConfig),
+    "text_encoder": Part(UMT5Encoder, UMT5Config),
+}
+
+Flat = dict[str, np.ndarray]
+
+
+@cache
+def _shapes(part: str, config: Any) -> module.Params:
+    # Tracing a module's constructor takes a second for the VAE, and every load asks several times.
+    return module.shapes(PARTS[part].module, config)
+
+
+def _leaves(tree: module.Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _flat_names(path: tuple[str, ...], leaf: Any) -> list[str]:
+    if path[0] != STACKED:
+        return [".".join(path)]
+    return [".".join((STACKED, str(i), *path[1:])) for i in range(leaf.shape[0])]
+
+
+def flat_shapes(part: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Flat name to shape of every parameter of a part with this configuration."""
+    shapes = {}
+    for path, leaf in _leaves(_shapes(part, config)):
+        shape = leaf.shape[1:] if path[0] == STACKED else leaf.shape
+        shapes |= dict.fromkeys(_flat_names(path, leaf), tuple(shape))
+    return shapes
+
+
+def flatten(params: module.Params) -> Flat:
+    """A module's parameters as numpy arrays under flat names."""
+    flat = {}
+    for path, leaf in _leaves(params):
+        array = np.asarray(leaf)
+        names = _flat_names(path, array)
+        flat |= zip(names, array, strict=True) if path[0] == STACKED else {names[0]: array}
+    return flat
+
+
+def unflatten(part: str, config: Any, flat: Flat, dtype: Any) -> module.Params:
+    """The inverse of `flatten`, as JAX arrays of `dtype`, or of the dtype they have for None."""
+
+    def build(tree: module.Params, path: tuple[str, ...]) -> module.Params:
+        built = {}
+        for key, leaf in tree.items():
+            here = (*path, str(key))
+            if isinstance(leaf, dict):
+                built[key] = build(leaf, here)
+                continue
+            arrays = [flat[name] for name in _flat_names(here, leaf)]
+            array = np.stack(arrays) if here[0] == STACKED else arrays[0]
+            built[key] = jax.numpy.asarray(array, dtype)
+        return built
+
+    return build(_shapes(part, config), ())
