@@ -1,0 +1,80 @@
+"""A tiny random WanPipeline of diffusers, saved once a session."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CAPTIONS = (
+    "a red 3 moves right and a blue 7 moves up on a green background",
+    "the yellow nine goes slowly down and bounces on black",
+)
+
+
+class TinyPipeline(NamedTuple):
+    """diffusers' pipeline object, and the folder that save_pretrained wrote."""
+
+    theirs: object
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> TinyPipeline:
+    """Wan2.1's architecture in every part, with odd sizes; its defaults fit one small clip."""
+    import json
+
+    import diffusers
+    import torch
+    import transformers
+
+    from linvideo_jax.models.tokenizer_training import build
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    vocabulary = build(CAPTIONS, folder / "words")
+    torch.manual_seed(0)
+    text_encoder = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=vocabulary + 3, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3
+        )
+    )
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+    for module in (text_encoder, transformer, vae):
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):  # most start at zero, which would hide a lost one
+                torch.nn.init.normal_(parameter, std=0.1)
+    pipeline = diffusers.WanPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder / "saved")
+    defaults = {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "height": 32,
+        "width": 48,
+        "num_frames": 5,
+    }
+    (folder / "saved" / "config.json").write_text(json.dumps(defaults))
+    return TinyPipeline(pipeline, folder / "saved")
