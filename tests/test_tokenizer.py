@@ -56,7 +56,7 @@ def no_warning(monkeypatch, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    said = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.WARNING]
     assert not said
 
 
