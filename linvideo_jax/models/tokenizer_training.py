@@ -41,11 +41,12 @@ def build(captions: Iterable[str], out_folder: str | Path) -> int:
     folder = Path(out_folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.SerializeToString(deterministic=True))
-    _fast(pieces, model.normalizer_spec.precompiled_charsmap).save(str(folder / "tokenizer.json"))
     config = SPECIAL | {"extra_ids": 0, "model_max_length": 512, "tokenizer_class": "T5Tokenizer"}
     for name, content in (("tokenizer_config", config), ("special_tokens_map", SPECIAL)):
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (folder / f"{name}.json").write_text(text)
+    # Last, so that its presence says the folder is complete.
+    _fast(pieces, model.normalizer_spec.precompiled_charsmap).save(str(folder / "tokenizer.json"))
     return len(pieces)
 
 
