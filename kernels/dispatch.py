@@ -1,0 +1,43 @@
+"""Choice of an implementation: the first of a list that supports the inputs serves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def dispatch(
+    implementations: Mapping[str, Callable[..., jax.Array]],
+    names: str | Sequence[str] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> jax.Array:
+    """Calls the first implementation in `names` that accepts the inputs.
+
+    `names`: one name, several in order of preference, or None for all in the mapping's order.
+    An implementation refuses by raising NotImplementedError with the reason.
+
+    Raises: ValueError for an unknown name; NotImplementedError with every reason if all refuse.
+    """
+    if names is None:
+        names = tuple(implementations)
+    elif isinstance(names, str):
+        names = (names,)
+    refusals = []
+    for name in names:
+        if name not in implementations:
+            raise ValueError(f"no implementation {name!r}; there are {sorted(implementations)}")
+        try:
+            return implementations[name](*args, **kwargs)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("; ".join(refusals))
+
+
+def einsum_float32(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Einsum of operands of one dtype, accumulated and returned in float32."""
+    if jax.default_backend() == "cpu":
+        # The CPU back end lacks bf16 x bf16 -> f32; the products are exact in float32 anyway.
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)

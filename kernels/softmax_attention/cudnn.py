@@ -1,0 +1,30 @@
+"""Softmax attention by cuDNN's flash attention (NVIDIA GPUs, 16-bit inputs)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def softmax_attention(
+    q: Float[Array, "batch tokens heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads head_dim"],
+    bias: Float[Array, "#batch #heads #tokens keys"] | None,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """See `interface.softmax_attention`.
+
+    Raises: NotImplementedError off NVIDIA GPUs, for 32-bit inputs, for a head_dim that is not a
+    multiple of 8 up to 128, and where there is a bias for an odd number of tokens or keys.
+    """
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"needs an NVIDIA GPU, this is {jax.default_backend()}")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"needs bfloat16 or float16, got {q.dtype}")
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        raise NotImplementedError(f"needs head_dim in 8, 16 .. 128, got {q.shape[-1]}")
+    if bias is not None:
+        if q.shape[1] % 2 or k.shape[1] % 2:
+            raise NotImplementedError("a bias needs even numbers of tokens and keys")
+        # cuDNN broadcasts a bias over batch and heads, not over tokens.
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], q.shape[1], k.shape[1])).astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="cudnn")
