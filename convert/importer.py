@@ -26,7 +26,7 @@ CLASSES = {
 }
 SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
-# What diffusers' WanPipeline and UniPC take when nobody says otherwise (reference facts: 5.3).
+# The sampling defaults of diffusers' WanPipeline, with the flow shift of its 480p checkpoints.
 SAMPLING = {
     "sampler": "unipc",
     "num_inference_steps": 50,
@@ -70,6 +70,7 @@ def find(folder: Path | str, parts: Iterable[str] = tuple(PARTS)) -> Source:
     """Recognises a folder and reads its configurations.
 
     A transformer-only folder takes what it lacks from the diffusers folder that is its `base`.
+    config.json beside model_index.json is optional and may say more than diffusers' files can.
     UserError if it is neither, or holds another model than Wan2.1's text-to-video.
     """
     path = Path(folder)

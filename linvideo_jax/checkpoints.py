@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -30,14 +29,28 @@ from linvideo_jax.models.tokenizer import Tokenizer
 from linvideo_jax.models.umt5 import UMT5Config
 from linvideo_jax.models.vae import VAEConfig
 from linvideo_jax.models.wan import WanConfig, initial_feature_map
-from linvideo_jax.parts import FEATURE_MAP, PARTS, Flat, flat_shapes, flatten, unflatten
+from linvideo_jax.parts import (
+    DTYPES,
+    FEATURE_MAP,
+    PARTS,
+    Flat,
+    cast,
+    flat_shapes,
+    flatten,
+    unflatten,
+)
 
 MANIFEST = "manifest.json"
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+
+# Of config.json; `SAMPLING` has a default for what is not named here.
+REQUIRED = (
+    "linear_layers",
+    "feature_map",
+    "sampler",
+    "num_inference_steps",
+    "guidance_scale",
+    "flow_shift",
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,7 @@ class Checkpoint:
     """A loaded checkpoint; a part that was not asked for is None.
 
     config: as in config.json; transformer, vae, text_encoder: parameters as nested dicts of JAX
-    arrays, layers stacked; tokenizer_folder and scheduler (diffusers' scheduler_config.json): to be
-    handed to `save`.
+    arrays, layers stacked; scheduler: diffusers' scheduler_config.json.
     """
 
     path: Path
@@ -58,7 +70,6 @@ class Checkpoint:
     umt5_config: UMT5Config | None
     text_encoder: Params | None
     tokenizer: Tokenizer | None
-    tokenizer_folder: Path | None
     scheduler: dict[str, Any]
 
     @property
@@ -68,8 +79,13 @@ class Checkpoint:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The defaults with which this model is sampled."""
-        return {key: self.config[key] for key in SAMPLING}
+        """The defaults with which this model is sampled, under the names of sample.py's flags."""
+        return {key: self.config.get(key, default) for key, default in SAMPLING.items()}
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The tokenizer's files, for `save`."""
+        return self.tokenizer.folder if self.tokenizer else None
 
 
 def make_config(
@@ -121,7 +137,7 @@ def save(
     config: see `make_config`; tokenizer: a folder to copy; dtype: "float32", "bfloat16", "float16",
     or None to keep each array's own; source: where the weights are from, for the manifest.
     Feature maps are written for the linear layers only. UserError if `folder` cannot be written, or
-    a value is beyond `dtype`; ValueError if parameters do not fit the config.
+    a value is beyond `dtype`; ValueError if parameters do not fit the config, or it lacks a key.
     """
     params = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
     flat = {part: flatten(tree) for part, tree in params.items() if tree is not None}
@@ -148,6 +164,9 @@ def save_flat(
 ) -> None:
     """`save` of parameters under flat names, by part."""
     config = dict(config)
+    lacking = [key for key in REQUIRED if key not in config]
+    if lacking:
+        raise ValueError(f"config lacks {', '.join(lacking)}.")
     stored = {part: _stored(part, config, arrays, dtype) for part, arrays in flat.items()}
     with folders.replaced(Path(folder), marker=MANIFEST) as new:
         for part, arrays in stored.items():
@@ -196,7 +215,6 @@ def load(
         umt5_config=models.get("text_encoder"),
         text_encoder=params.get("text_encoder"),
         tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
-        tokenizer_folder=tokenizer,
         scheduler=scheduler,
     )
 
@@ -236,7 +254,7 @@ def source_config(source: importer.Source) -> dict[str, Any]:
 
 def _read_own(path: Path, parts: Sequence[str]):
     config = read_json(path / "config.json")
-    lacking = [key for key in ("linear_layers", "feature_map", *SAMPLING) if key not in config]
+    lacking = [key for key in REQUIRED if key not in config]
     if lacking:
         raise UserError(f"{path / 'config.json'} lacks {', '.join(lacking)}.")
     flat = {}
@@ -283,15 +301,7 @@ def _stored(part: str, config: Mapping[str, Any], flat: Flat, dtype: str | None)
     flat = {name: a for name, a in flat.items() if name in wanted or FEATURE_MAP not in name}
     if problem := _misfit(wanted, flat):
         raise ValueError(f"{part} does not fit the config: {problem}.")
-    return flat if dtype is None else {name: _cast(name, a, dtype) for name, a in flat.items()}
-
-
-def _cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = array.astype(DTYPES[dtype])
-    if (np.isinf(cast) & ~np.isinf(array)).any():
-        raise UserError(f"{name} has values beyond {dtype}; choose float32 or bfloat16.")
-    return cast
+    return cast(flat, dtype)
 
 
 def _summary(flat: Flat) -> dict[str, Any]:

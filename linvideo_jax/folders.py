@@ -14,6 +14,7 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 def recover(folder: Path) -> None:
     """Puts the old folder back if a writer was killed between the two renames of `replaced`."""
+    folder = folder.resolve()
     old = _beside(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -27,7 +28,7 @@ def replaced(folder: Path, marker: str | None = None) -> Iterator[Path]:
     the two renames). A folder that is not empty is only replaced if it holds the file `marker`, so
     that a mistyped path costs nobody their files. UserError if the place cannot be written.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     new, old = _beside(folder, "new"), _beside(folder, "old")
     try:
         recover(folder)

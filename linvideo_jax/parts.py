@@ -10,8 +10,10 @@ from functools import cache
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
+from linvideo_jax.errors import UserError
 from linvideo_jax.models import module
 from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
@@ -33,6 +35,12 @@ PARTS = {
     "transformer": Part(WanTransformer, WanConfig),
     "vae": Part(WanVAE, VAEConfig),
     "text_encoder": Part(UMT5Encoder, UMT5Config),
+}
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
 }
 
 Flat = dict[str, np.ndarray]
@@ -93,3 +101,16 @@ def unflatten(part: str, config: Any, flat: Flat, dtype: Any) -> module.Params:
         return built
 
     return build(_shapes(part, config), ())
+
+
+def cast(flat: Flat, dtype: str | None) -> Flat:
+    """The arrays in a dtype of DTYPES, None as they are; UserError for a value beyond the dtype."""
+    if dtype is None:
+        return flat
+    result = {}
+    for name, array in flat.items():
+        with np.errstate(over="ignore"):
+            result[name] = array.astype(DTYPES[dtype])
+        if (np.isinf(result[name]) & ~np.isinf(array)).any():
+            raise UserError(f"{name} has values beyond {dtype}; choose float32 or bfloat16.")
+    return result
