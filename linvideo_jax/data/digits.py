@@ -254,10 +254,14 @@ def _resampling(centre, size):
 
 
 def draw(
-    attributes: Attributes, glyphs: Float[Array, "clips 2 #frames 8 8"], num_frames: int
+    attributes: Attributes,
+    glyphs: Float[Array, "clips 2 #frames 8 8"],
+    position: Float[Array, "clips 2 frames xy"],
 ) -> tuple[Float[Array, "clips frames 96 96 3"], Bool[Array, "clips frames 96 96"]]:
-    """Draws the given ink instead of `attributes.image`; see `render`. Returns (video, mask)."""
-    position = paths(attributes, num_frames)
+    """Draws the given ink at the given centres (px), in the sizes and colours of `attributes`.
+
+    Returns (video, mask) as `render`; traceable.
+    """
     size = jnp.broadcast_to(attributes.size[:, :, None], position.shape[:3])
     glyphs = jnp.broadcast_to(glyphs, (*position.shape[:3], 8, 8))
     rows, columns = (_resampling(position[..., axis], size) for axis in (1, 0))
@@ -286,5 +290,6 @@ def render(
 
     With mask=True also bool [clips, frames, 96, 96]: the pixels that belong to a digit.
     """
-    video, digits = draw(attributes, images[attributes.image][:, :, None], num_frames)
+    glyphs = images[attributes.image][:, :, None]
+    video, digits = draw(attributes, glyphs, paths(attributes, num_frames))
     return (video, digits) if mask else video
