@@ -1,6 +1,7 @@
 """A folder of videos from prompts: what is there is kept, what is missing is made."""
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -12,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.tensors import read_json
 from linvideo_jax import video
 from linvideo_jax.errors import UserError
-from linvideo_jax.loop import read_json, write_json
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
 
@@ -159,7 +160,8 @@ def make_videos(
     names = [file_name(i, prompt) for i, prompt in enumerate(prompts)]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / MANIFEST, manifest)
+        with video.replacing(out / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
         missing = [i for i, name in enumerate(names) if not (out / name).exists()]
         done = len(names) - len(missing)
         with Progress("sample", len(names), done, unit="video") as progress:
