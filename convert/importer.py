@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,14 @@ def find(folder: Path | str, parts: Iterable[str] = tuple(PARTS)) -> Source:
             )
     _check_pipeline(base / "model_index.json")
     scheduler = read_json(base / "scheduler" / "scheduler_config.json")
-    config = _settings(own, scheduler, path)
+    config = _settings(own, scheduler)
     folders = {part: (path if part == "transformer" else base) / part for part in parts}
     models = {part: _model(part, folder) for part, folder in folders.items()}
-    if config["feature_map"] and "transformer" in models:
-        models["transformer"] = replace(models["transformer"], feature_map=config["feature_map"])
-        last = models["transformer"].num_layers - 1
-        if any(not 0 <= layer <= last for layer in config["linear_layers"]):
-            raise UserError(f"{path / 'config.json'}: linear_layers must be between 0 and {last}.")
+    transformer = models.get("transformer")
+    if problem := selection_problem(config, transformer and transformer.num_layers):
+        raise UserError(f"{path / 'config.json'} cannot be used: {problem}.")
+    if transformer:
+        models["transformer"] = replace(transformer, feature_map=config["feature_map"])
     tokenizer = base / "tokenizer"
     has_maps = (path / f"{FEATURE_MAPS}.safetensors").exists()
     return Source(
@@ -123,7 +123,7 @@ def _check_pipeline(path: Path) -> None:
         )
 
 
-def _settings(own: dict, scheduler: dict, path: Path) -> dict[str, Any]:
+def _settings(own: dict, scheduler: dict) -> dict[str, Any]:
     settings = dict(SAMPLING)
     if scheduler.get("_class_name") in SAMPLERS:
         settings["sampler"] = SAMPLERS[scheduler["_class_name"]]
@@ -131,14 +131,30 @@ def _settings(own: dict, scheduler: dict, path: Path) -> dict[str, Any]:
     if shift is not None:
         settings["flow_shift"] = float(shift)
     settings |= {key: own[key] for key in SAMPLING if key in own}
-    layers = own.get("linear_layers", [])
+    return {
+        **settings,
+        "linear_layers": own.get("linear_layers", []),
+        "feature_map": own.get("feature_map"),
+    }
+
+
+def selection_problem(config: Mapping[str, Any], num_layers: int | None) -> str:
+    """What is wrong with `linear_layers` and `feature_map` of a config.json; empty if nothing is.
+
+    num_layers: of the transformer, None if its configuration is not at hand.
+    """
+    layers, feature_map = config["linear_layers"], config["feature_map"]
+    if feature_map not in (None, "hedgehog"):
+        return f"feature_map is {feature_map!r}; it must be null or 'hedgehog'"
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise UserError(f"{path / 'config.json'}: linear_layers must be a list of layer numbers.")
-    settings["linear_layers"] = sorted(set(layers))
-    settings["feature_map"] = own.get("feature_map")
-    if layers and not settings["feature_map"]:
-        raise UserError(f"{path / 'config.json'} has linear_layers but names no feature_map.")
-    return settings
+        return "linear_layers must be a list of layer numbers"
+    if layers != sorted(set(layers)):
+        return "linear_layers must be sorted, each layer once"
+    if layers and feature_map is None:
+        return "linear_layers need a feature_map"
+    if layers and num_layers is not None and not 0 <= layers[0] <= layers[-1] < num_layers:
+        return f"linear_layers must be from 0 to {num_layers - 1}"
+    return ""
 
 
 def _model(part: str, folder: Path) -> Any:

@@ -164,9 +164,8 @@ def save_flat(
 ) -> None:
     """`save` of parameters under flat names, by part."""
     config = dict(config)
-    lacking = [key for key in REQUIRED if key not in config]
-    if lacking:
-        raise ValueError(f"config lacks {', '.join(lacking)}.")
+    if problem := _config_problem(config):
+        raise ValueError(f"config cannot be used: {problem}.")
     stored = {part: _stored(part, config, arrays, dtype) for part, arrays in flat.items()}
     with folders.replaced(Path(folder), marker=MANIFEST) as new:
         for part, arrays in stored.items():
@@ -254,9 +253,8 @@ def source_config(source: importer.Source) -> dict[str, Any]:
 
 def _read_own(path: Path, parts: Sequence[str]):
     config = read_json(path / "config.json")
-    lacking = [key for key in REQUIRED if key not in config]
-    if lacking:
-        raise UserError(f"{path / 'config.json'} lacks {', '.join(lacking)}.")
+    if problem := _config_problem(config):
+        raise UserError(f"{path / 'config.json'} cannot be used: {problem}.")
     flat = {}
     for part in parts:
         if part not in config or not (path / part).is_dir():
@@ -273,6 +271,14 @@ def _read_own(path: Path, parts: Sequence[str]):
     tokenizer = path / "tokenizer"
     scheduler = read_json(path / "scheduler_config.json")
     return config, flat, tokenizer if tokenizer.is_dir() else None, scheduler
+
+
+def _config_problem(config: Mapping[str, Any]) -> str:
+    lacking = [key for key in REQUIRED if key not in config]
+    if lacking:
+        return f"it lacks {', '.join(lacking)}"
+    sizes = config.get("transformer")
+    return importer.selection_problem(config, sizes and WanConfig.from_dict(sizes).num_layers)
 
 
 def _wanted(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
