@@ -58,7 +58,9 @@ def sample(argv: Sequence[str]) -> None:
     pipeline.check_settings(**overrides)
     prompts = generate.read_prompts(values.prompt, values.prompts)
     generate.check_seeds(values.seed, len(prompts))
-    batch_size = min(4, len(prompts)) if values.batch_size is None else values.batch_size
+    batch_size = values.batch_size
+    if batch_size is None:
+        batch_size = generate.even_batch_size(len(prompts))
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: choose 1 or more.")
     out = Path(values.out)

@@ -52,6 +52,12 @@ def check_seeds(seed: int, count: int) -> None:
         raise UserError(f"seed is {seed}: choose one from 0 to {MAX_SEED + 1 - count}.")
 
 
+def even_batch_size(count: int, at_most: int = 4) -> int:
+    """The size of equal batches that leaves the last one fullest: 5 videos are made as 3 and 2."""
+    batches = -(-count // at_most)
+    return -(-count // batches)
+
+
 def check_output(out: Path) -> None:
     """UserError if `out` cannot become a folder that files are written to; nothing is created."""
     existing = Path(out).absolute()

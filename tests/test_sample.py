@@ -8,6 +8,7 @@ import pytest
 
 import sample
 from linvideo_jax import checkpoints, video
+from linvideo_jax.generate import even_batch_size
 from linvideo_jax.pipeline import Pipeline, Settings, noise, text_bucket
 
 PROMPTS = (
@@ -259,6 +260,10 @@ def test_prompts_of_any_length_share_a_run_without_touching_each_other(pipeline)
     mixed = pipeline.latents([PROMPTS[0], long, PROMPTS[1]], [5, 6, 7], settings, 2)
     short = pipeline.latents([PROMPTS[0], PROMPTS[1]], [5, 7], settings, 2)
     np.testing.assert_array_equal(mixed[[0, 2]], short)
+
+
+def test_default_batches_are_even():
+    assert [even_batch_size(n) for n in (1, 3, 4, 5, 9, 50)] == [1, 3, 4, 3, 3, 4]
 
 
 def test_every_text_has_room_for_a_pad_token():
