@@ -1,11 +1,14 @@
 """The whole way from prompts to pixels against diffusers' WanPipeline, in float32."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from linvideo_jax import checkpoints
+from linvideo_jax.models.wan import LINEAR, SOFTMAX, initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 
 PROMPTS = [
@@ -83,3 +86,26 @@ def test_our_own_folder_gives_the_same(tiny_pipeline, ours, tmp_path):
         for p in (ours, own)
     ]
     np.testing.assert_array_equal(*runs)
+
+
+def test_linear_layers_of_a_checkpoint_are_linear(ours):
+    """A student: the layers that its config.json names run linear, and no others."""
+    checkpoint = ours.checkpoint
+    wan_config = replace(checkpoint.wan_config, feature_map="hedgehog")
+    maps = initial_feature_map(wan_config)
+    attn1 = {**checkpoint.transformer["blocks"]["attn1"], "feature_map": maps}
+    blocks = {**checkpoint.transformer["blocks"], "attn1": attn1}
+    student = replace(
+        checkpoint,
+        config={**checkpoint.config, "linear_layers": [1], "feature_map": "hedgehog"},
+        wan_config=wan_config,
+        transformer={**checkpoint.transformer, "blocks": blocks},
+    )
+    pipeline, settings = Pipeline(student), Settings.of(student)
+    assert pipeline.mode.tolist() == [SOFTMAX, LINEAR]
+    teacher = ours.latents(PROMPTS, [0, 1], settings, 2)
+    linear = pipeline.latents(PROMPTS, [0, 1], settings, 2)
+    pipeline.mode[1] = SOFTMAX
+    quadratic = pipeline.latents(PROMPTS, [0, 1], settings, 2)
+    np.testing.assert_allclose(quadratic, teacher, atol=1e-5)
+    assert np.abs(linear - teacher).max() > 1e-3
