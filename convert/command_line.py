@@ -1,10 +1,11 @@
-"""Flags of the two converters."""
+"""Flags and exit codes of the two converters."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, run_program
 
 Flag = tuple[str | None, str]  # default, help
 
@@ -44,3 +45,12 @@ def choice(name: str, value: str | None, choices: Sequence[str]) -> str | None:
     if value is not None and value not in choices:
         raise UserError(f"--{name}={value} is unknown; choose from {', '.join(choices)}.")
     return value
+
+
+def run(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Runs `argv` (program name first); the exit code is 0, 2 for wrong input, 130 for Ctrl-C."""
+    try:
+        return run_program(program, argv)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; give the same command again", file=sys.stderr)
+        return 130

@@ -14,7 +14,6 @@ if not __package__:  # run by its path: the packages are in the folder above, no
 
 from convert import command_line, importer
 from linvideo_jax import checkpoints
-from linvideo_jax.errors import run_program
 from linvideo_jax.parts import DTYPES, PARTS
 
 FLAGS = {
@@ -54,8 +53,8 @@ def convert(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `argv` (program name first) and returns the exit code: 0, or 2 for wrong input."""
-    return run_program(convert, argv)
+    """Runs `argv` (program name first) and returns its exit code: 0, 2 or 130."""
+    return command_line.run(convert, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if not __package__:  # run by its path: the packages are in the folder above, no
 
 from convert import command_line, exporter
 from linvideo_jax import checkpoints
-from linvideo_jax.errors import UserError, run_program
+from linvideo_jax.errors import UserError
 from linvideo_jax.parts import DTYPES, PARTS, cast
 
 LAYOUTS = ("diffusers", "linvideo")
@@ -55,8 +55,8 @@ def convert(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `argv` (program name first) and returns the exit code: 0, or 2 for wrong input."""
-    return run_program(convert, argv)
+    """Runs `argv` (program name first) and returns its exit code: 0, 2 or 130."""
+    return command_line.run(convert, argv)
 
 
 if __name__ == "__main__":

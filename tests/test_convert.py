@@ -425,3 +425,13 @@ def test_wrong_flags(tiny_pipeline, ours, tmp_path, capsys):
 def test_stray_argument(capsys):
     assert from_torch.main(["program", "assets"]) == 2
     assert "'assets' is not a flag" in capsys.readouterr().err
+
+
+def test_interrupted(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "copytree", interrupt)
+    assert run(from_torch, source=tiny_pipeline.folder, out=tmp_path / "out") == 130
+    assert "nothing was written; give the same command again" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
