@@ -1,0 +1,238 @@
+"""Layers of the Wan2.1 transformer; `wan.py` stacks and scans them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kernels.linear_attention import FeatureMap, linear_attention
+from kernels.softmax_attention import softmax_attention
+from linvideo_jax.models.rotary import rotate
+from linvideo_jax.models.wan_config import WanConfig
+
+_linear_init = nnx.initializers.xavier_uniform()
+
+
+def linear(inputs: int, outputs: int, rngs: nnx.Rngs, **options: Any) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, rngs=rngs, **{"kernel_init": _linear_init, **options})
+
+
+def layer_norm(x: Float[Array, "... dim"], eps: float) -> Float[Array, "... dim"]:
+    """Normalises float32 x over its last axis, without scale and bias."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class Scale(nnx.Module):
+    """Weight of an RMS norm."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+
+
+class ScaleBias(nnx.Module):
+    """Weight and bias of a layer norm."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel: one matrix product over patches."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        patch, shape = config.patch_size, (config.in_channels, config.dim)
+        flat = _linear_init(rngs.params(), (int(np.prod(patch)) * shape[0], shape[1]), jnp.float32)
+        self.kernel = nnx.Param(flat.reshape(*patch, *shape))
+        self.bias = nnx.Param(jnp.zeros(config.dim))
+
+    def __call__(
+        self, latents: Float[Array, "batch frames height width channels"]
+    ) -> Float[Array, "batch tokens dim"]:
+        kernel = self.kernel[...].astype(latents.dtype)
+        pt, ph, pw, _, dim = kernel.shape
+        b, f, h, w, c = latents.shape
+        x = latents.reshape(b, f // pt, pt, h // ph, ph, w // pw, pw, c)
+        x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+        return x @ kernel.reshape(-1, dim) + self.bias[...].astype(latents.dtype)
+
+
+class TextEmbedder(nnx.Module):
+    """Linear, GELU, Linear: text_dim to dim."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.linear_1 = linear(config.text_dim, config.dim, rngs, kernel_init=init)
+        self.linear_2 = linear(config.dim, config.dim, rngs, kernel_init=init)
+
+    def __call__(self, text: Float[Array, "batch text text_dim"]) -> Float[Array, "batch text dim"]:
+        return self.linear_2(jax.nn.gelu(self.linear_1(text), approximate=True))
+
+
+class TimeEmbedder(nnx.Module):
+    """Sinusoids of the timestep, Linear, SiLU, Linear; all in float32."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        self.freq_dim = config.freq_dim
+        options = {"kernel_init": nnx.initializers.normal(0.02), "precision": "highest"}
+        self.linear_1 = linear(config.freq_dim, config.dim, rngs, **options)
+        self.linear_2 = linear(config.dim, config.dim, rngs, **options)
+
+    def __call__(self, timestep: Float[Array, "batch"]) -> Float[Array, "batch dim"]:
+        half = self.freq_dim // 2
+        frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
+        angles = timestep.astype(jnp.float32)[:, None] * frequencies
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class ConditionEmbedder(nnx.Module):
+    """Embeddings of the timestep and of the text."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        self.text_embedder = TextEmbedder(config, rngs)
+        self.time_embedder = TimeEmbedder(config, rngs)
+        self.time_proj = linear(config.dim, 6 * config.dim, rngs, precision="highest")
+
+
+class Attention(nnx.Module):
+    """Projections and norms of one attention; RMS norms run over all heads together."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        self.heads, self.eps = config.num_attention_heads, config.eps
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            linear(config.dim, config.dim, rngs) for _ in range(4)
+        )
+        self.norm_q, self.norm_k = Scale(config.dim), Scale(config.dim)
+
+    def split_heads(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "..."]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+    def normed(
+        self, x: Float[Array, "batch tokens dim"], norm: Scale
+    ) -> Float[Array, "batch tokens heads head_dim"]:
+        """RMS norm in float32; the caller rounds once, after the rotation if there is one."""
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return self.split_heads(x * jax.lax.rsqrt(mean_square + self.eps) * norm.scale[...])
+
+
+class SelfAttention(Attention):
+    """Attention of the video tokens to each other: softmax, linear, or a mixture."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        if config.feature_map == "hedgehog":
+            self.feature_map = HedgehogMap(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        rotation: tuple[Float[Array, "tokens 1 pairs"], Float[Array, "tokens 1 pairs"]],
+        r: Float[Array, ""],
+        mode: Int[Array, ""] | None,
+    ) -> Float[Array, "batch tokens dim"]:
+        q = rotate(self.normed(self.to_q(x), self.norm_q), rotation).astype(x.dtype)
+        k = rotate(self.normed(self.to_k(x), self.norm_k), rotation).astype(x.dtype)
+        v = self.split_heads(self.to_v(x))
+        if mode is None:
+            out = softmax_attention(q, k, v)
+        else:
+            maps = FeatureMap(self.feature_map.q[...], self.feature_map.k[...])
+            out = jax.lax.switch(mode, (_softmax, _linear_only, _mix), r, q, k, v, maps)
+        return self.to_out(out.reshape(x.shape))
+
+
+def _softmax(r, q, k, v, maps):
+    return softmax_attention(q, k, v)
+
+
+def _linear_only(r, q, k, v, maps):
+    return linear_attention(q, k, v, maps)
+
+
+def _mix(r, q, k, v, maps):
+    """LinVideo, eq. 8: r softmax + (1 - r) linear."""
+    quadratic = softmax_attention(q, k, v).astype(jnp.float32)
+    linear = linear_attention(q, k, v, maps).astype(jnp.float32)
+    return (r * quadratic + (1 - r) * linear).astype(v.dtype)
+
+
+class HedgehogMap(nnx.Module):
+    """Hedgehog's projections of queries and keys, per head."""
+
+    def __init__(self, config: WanConfig):
+        initial = initial_feature_map(config)
+        self.q, self.k = (nnx.Param(jnp.asarray(initial[name][0])) for name in ("q", "k"))
+
+
+class CrossAttention(Attention):
+    """Attention of the video tokens to the text, without positions."""
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        text: Float[Array, "batch text dim"],
+        bias: Float[Array, "batch 1 1 text"] | None,
+    ) -> Float[Array, "batch tokens dim"]:
+        q = self.normed(self.to_q(x), self.norm_q).astype(x.dtype)
+        k = self.normed(self.to_k(text), self.norm_k).astype(x.dtype)
+        v = self.split_heads(self.to_v(text))
+        return self.to_out(softmax_attention(q, k, v, bias=bias).reshape(x.shape))
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        self.linear_1 = linear(config.dim, config.ffn_dim, rngs)
+        self.linear_2 = linear(config.ffn_dim, config.dim, rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """One layer: self-attention, cross-attention, feed-forward; the residual stream is float32."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        self.eps = config.eps
+        table = jax.random.normal(rngs.params(), (1, 6, config.dim)) / config.dim**0.5
+        self.scale_shift_table = nnx.Param(table)
+        self.attn1 = SelfAttention(config, rngs)
+        self.attn2 = CrossAttention(config, rngs)
+        self.norm2 = ScaleBias(config.dim)
+        self.ffn = FeedForward(config, rngs)
+
+    def __call__(self, x, text, text_bias, time, rotation, r, mode):
+        """x `[batch, tokens, dim]` float32, text in the compute dtype, time `[batch, 6, dim]`."""
+        dtype = text.dtype
+        modulation = self.scale_shift_table[...] + time
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=1)
+        y = (layer_norm(x, self.eps) * (1 + scale_1) + shift_1).astype(dtype)
+        x = x + self.attn1(y, rotation, r, mode).astype(jnp.float32) * gate_1
+        y = layer_norm(x, self.eps) * self.norm2.scale[...] + self.norm2.bias[...]
+        x = x + self.attn2(y.astype(dtype), text, text_bias).astype(jnp.float32)
+        y = (layer_norm(x, self.eps) * (1 + scale_2) + shift_2).astype(dtype)
+        return x + self.ffn(y).astype(jnp.float32) * gate_2
+
+
+def initial_feature_map(config: WanConfig) -> dict[str, np.ndarray]:
+    """Feature maps to start from: `q` and `k` `[layers, heads, head_dim, head_dim // 2]` float32.
+
+    W selects every other rotary pair, so each of the three axes is seen at fine and coarse
+    frequencies, and scales it by head_dim^(1/4): then phi(q) phi(k) agrees to first order in q k
+    with softmax attention's exp(q k / sqrt(head_dim)), if the pairs left out are like the others.
+    """
+    head_dim = config.attention_head_dim
+    pairs = np.arange(head_dim // 2)
+    order = np.concatenate([pairs[0::2], pairs[1::2]])
+    columns = np.stack([2 * order, 2 * order + 1], axis=-1).reshape(-1)[: head_dim // 2]
+    weight = np.zeros((head_dim, head_dim // 2), np.float32)
+    weight[columns, np.arange(head_dim // 2)] = head_dim**0.25
+    shape = (config.num_layers, config.num_attention_heads, *weight.shape)
+    return {name: np.broadcast_to(weight, shape).copy() for name in ("q", "k")}
