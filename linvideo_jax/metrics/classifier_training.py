@@ -55,10 +55,12 @@ def _bank() -> _Bank:
     )
 
 
-def _handle(key, glyphs):
-    """Turns, shears, stretches and thickens ink [..., 8, 8] as another hand might."""
-    lead = glyphs.shape[:-2]
-    turn, shear, wide, high, dx, dy, ink = jax.random.uniform(key, (7, *lead), minval=-1.0)
+def _handle(draws, glyphs):
+    """Turns, shears, stretches and thickens ink [..., 8, 8] as another hand might.
+
+    draws: uniform in [0, 1], [7, ...].
+    """
+    turn, shear, wide, high, dx, dy, ink = 2 * draws - 1
     sin, cos = jnp.sin(0.2 * turn), jnp.cos(0.2 * turn)
     wide, high = 1 + 0.1 * wide, 1 + 0.1 * high
     grid = jnp.arange(8.0) - 3.5
@@ -83,27 +85,30 @@ def _spoil(key, bank, attributes, num_frames):
     Some digits turn into another image of their class (still right), of another class or into
     nothing, once or to and fro.
     """
-    keys = jax.random.split(key, 8)
     shape = attributes.digit.shape
-    rows = bank.by_class.shape[1]
-    kind = jax.random.uniform(keys[0], shape) / _SPOILT  # below 1: spoilt
+    # One call for all draws: each costs a second of compilation on a CPU.
+    kind, which, row, moment, width, turned, period, phase, repeated, *hand = jax.random.uniform(
+        key, (9 + 14, *shape)
+    )
+    kind = kind / _SPOILT  # below 1: spoilt
     same, gone = (kind >= 0.7) & (kind < 1), kind < 0.15
-    shift = jnp.where(same, 0, jax.random.randint(keys[1], shape, 1, 10))
-    other = (attributes.digit + shift) % 10
-    other = bank.by_class[other, jax.random.randint(keys[2], shape, 0, rows)]
-    first, second = bank.images[attributes.image], bank.images[other]
-    first, second = _handle(keys[3], jnp.stack([first, second]))
+    shift = jnp.where(same, 0, 1 + jnp.floor(9 * which).astype(jnp.int32))
+    rows = bank.by_class.shape[1]
+    other = bank.by_class[(attributes.digit + shift) % 10, jnp.floor(rows * row).astype(jnp.int32)]
+    both = bank.images[jnp.stack([attributes.image, other])]
+    first, second = _handle(jnp.stack(hand).reshape(7, 2, *shape), both)
     second = jnp.where(gone[..., None, None], 0.0, second)
 
+    def at(coefficient):
+        return coefficient[..., None]
+
     time = jnp.linspace(0, 1, num_frames)
-    moment, width = jax.random.uniform(keys[4], (2, *shape, 1))
-    once = jax.nn.sigmoid((time - (0.25 + 0.5 * moment)) / (0.005 + 0.08 * width))
-    once = jnp.where(jax.random.bernoulli(keys[5], 0.5, (*shape, 1)), once, 1 - once)
-    period, phase = jax.random.uniform(keys[6], (2, *shape, 1))
+    once = jax.nn.sigmoid((time - at(0.25 + 0.5 * moment)) / at(0.005 + 0.08 * width))
+    once = jnp.where(at(turned) < 0.5, once, 1 - once)
     period = 2 + 14 * period**2
-    fro = ((jnp.arange(num_frames) + phase * period) % period < period / 2).astype(jnp.float32)
-    share = jnp.where(jax.random.bernoulli(keys[7], 0.5, (*shape, 1)), once, fro)
-    share = jnp.where((kind < 1)[..., None], share, 0.0)[..., None, None]
+    fro = (jnp.arange(num_frames) + at(phase * period)) % at(period) < at(period / 2)
+    share = jnp.where(at(repeated) < 0.5, once, fro.astype(jnp.float32))
+    share = jnp.where(at(kind < 1), share, 0.0)[..., None, None]
     glyphs = first[:, :, None] * (1 - share) + second[:, :, None] * share
     return glyphs, ~((kind < 1) & ~same), ~gone
 
@@ -159,16 +164,16 @@ def make_examples(
 
 def _degrade(key, video):
     """Slight blur, noise, and changes of contrast and tint."""
-    keys = jax.random.split(key, 5)
-    shape = (len(video), 1, 1, 1, 1)
-    blur = 0.25 * jax.random.uniform(keys[0], shape) * jax.random.bernoulli(keys[1], 0.5, shape)
+    per_clip, per_pixel = jax.random.split(key)
+    draws = jax.random.uniform(per_clip, (8, len(video), 1, 1, 1, 1))
+    blur = 0.5 * jnp.maximum(0, draws[0] - 0.5)  # half of the clips stay sharp
     for axis in (2, 3):
         beside = jnp.roll(video, 1, axis) + jnp.roll(video, -1, axis)
         video = (1 - 2 * blur) * video + blur * beside
-    gain, tint = jax.random.uniform(keys[2], (2, len(video), 1, 1, 1, 3), minval=-1.0)
+    gain, tint = 2 * jnp.moveaxis(draws[1:7].reshape(2, 3, *video.shape[:1], 1, 1, 1), 1, -1) - 1
     video = video * (1 + 0.06 * gain) + 0.05 * tint
-    strength = 0.12 * jax.random.uniform(keys[3], shape) ** 2
-    return video + strength * jax.random.normal(keys[4], video.shape, video.dtype)
+    strength = 0.12 * draws[7] ** 2
+    return video + strength * jax.random.normal(per_pixel, video.shape, video.dtype)
 
 
 def loss_fn(params, config: ClassifierConfig, examples: Examples):
@@ -215,7 +220,8 @@ def train(
     longer one has fewer clips. progress(step, loss, share right) is called every `every` steps.
     """
     rng, bank = np.random.default_rng(seed), _bank()
-    key = jax.random.key(seed)
+    # XLA's own generator: noise for every pixel is a large part of a step otherwise.
+    key = jax.random.key(seed, impl="rbg")
     params = init(DigitsClassifier, config, seed)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(100, num_steps // 10), num_steps, learning_rate / 100
