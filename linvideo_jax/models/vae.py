@@ -237,9 +237,7 @@ class WanVAE(nnx.Module):
         (video,) = _by_pieces(_decode_step, self, latents, 1, dtype)
         return video
 
-    def encode_piece(
-        self, video: Video, history: History, dtype: DTypeLike
-    ) -> tuple[Video, Video]:
+    def encode_piece(self, video: Video, history: History, dtype: DTypeLike) -> tuple[Video, Video]:
         """`encode` of the frames that follow those in `history`, which is brought forward."""
         moments = self.quant_conv(self.encoder(video.astype(dtype), history))
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)

@@ -42,8 +42,7 @@ class Conv(nnx.Module):
     """Parameters of a convolution: `kernel [*window, in, out]`, `bias [out]`."""
 
     def __init__(self, window: tuple[int, ...], channels: int, features: int, *, rngs: nnx.Rngs):
-        shape = (*window, channels, features)
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(_random_kernel(rngs.params(), (*window, channels, features)))
         self.bias = nnx.Param(jnp.zeros(features))
 
     def __call__(self, x: Video, stride: int = 1, padding: str = "SAME") -> Video:
@@ -52,6 +51,16 @@ class Conv(nnx.Module):
         if kernel.ndim == 5:
             kernel = kernel[0]
         return convolve_frames(x, kernel, self.bias[...], stride, padding)
+
+
+def _random_kernel(key, shape):
+    """Uniform with variance 1 / fan-in."""
+    size = math.prod(shape)
+    bound = math.sqrt(3 * shape[-1] / size)
+    # Sizes are powers of two so that the generator is compiled for a few of them, not for each
+    # kernel: 3 against 15 seconds.
+    table = 2 ** (size - 1).bit_length()
+    return jax.random.uniform(key, (table,), minval=-bound, maxval=bound)[:size].reshape(shape)
 
 
 class Norm(nnx.Module):
