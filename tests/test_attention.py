@@ -91,7 +91,7 @@ def test_gradients_of_linear_attention_match_differences(arrays):
         out = linear_attention(*to_float32(q, k, v), FeatureMap(maps[0], maps[1]))
         return jnp.vdot(out, jnp.asarray(direction, jnp.float32))
 
-    slope = np.vdot(jax.grad(loss)(jnp.asarray(maps, jnp.float32)), step)
+    slope = np.vdot(jax.jit(jax.grad(loss))(jnp.asarray(maps, jnp.float32)), step)
     size = 1e-5
     up, down = (
         np.vdot(loop(q, k, v, hedgehog_weights(maps + sign * size * step)), direction)

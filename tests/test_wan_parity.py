@@ -94,86 +94,92 @@ def test_one_pad_key_stands_for_all_pads(tiny, lengths, tokens):
     latents, timestep, text = example(TINY, (3, 2, 5), TEXT_TOKENS)
     text *= np.arange(TEXT_TOKENS)[:, None] < np.array(lengths)[:, None, None]
     expected = run_diffusers(model, latents, timestep, text)
-    velocity = ours(latents, timestep, text[:, :tokens], jnp.array(lengths))
+    velocity = jax.jit(ours)(latents, timestep, text[:, :tokens], jnp.array(lengths))
     assert relative_error(velocity, expected) < 1e-4
 
 
 @pytest.fixture(scope="module")
 def hybrid():
-    """A model with feature maps, each different, its inputs, and itself as a function."""
+    """A random model with feature maps: its parameters, and its velocity, plain and compiled."""
     config = replace(TINY, feature_map="hedgehog", num_layers=2)
-    params = module.init(WanTransformer, config)
-    flat, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(flat))
-    flat = [x + 0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, flat, strict=True)]
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda x: rng.normal(scale=0.5, size=x.shape).astype(np.float32),
+        module.shapes(WanTransformer, config),
+    )
+    # Sharp enough for the two attentions to differ.
+    params["blocks"]["attn1"]["norm_q"]["scale"] *= 8
     inputs = (*example(config, (3, 2, 3), 7), jnp.array([5, 2]))
 
     def velocity(params, r, mode, **options):
         return module.bind(WanTransformer, config, params)(*inputs, r=r, mode=mode, **options)
 
-    return jax.tree.unflatten(tree, flat), velocity
+    return params, velocity, jax.jit(velocity)
 
 
 def test_mode_and_score_choose_the_attention_without_compiling_again(hybrid):
-    params, velocity = hybrid
-    apply = jax.jit(velocity)
+    params, velocity, compiled = hybrid
     r = jnp.array([0.3, 0.8])
 
     def run(mode, r=r):
-        return np.asarray(apply(params, r, jnp.array(mode)))
+        return np.asarray(compiled(params, r, jnp.array(mode)))
 
     softmax, linear = run([SOFTMAX] * 2), run([LINEAR] * 2)
-    np.testing.assert_allclose(run([MIX] * 2, jnp.ones(2)), softmax, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(run([MIX] * 2, jnp.zeros(2)), linear, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(
-        run([MIX] * 2, jnp.array([1.0, 0.0])), run([SOFTMAX, LINEAR]), rtol=0, atol=1e-5
-    )
+    assert relative_error(run([MIX] * 2, jnp.ones(2)), softmax) < 1e-5
+    assert relative_error(run([MIX] * 2, jnp.zeros(2)), linear) < 1e-5
+    assert relative_error(run([MIX] * 2, jnp.array([1.0, 0.0])), run([SOFTMAX, LINEAR])) < 1e-5
     np.testing.assert_array_equal(run([SOFTMAX] * 2, 1 - r), softmax)
-    mixed = run([MIX] * 2)
-    outputs = [softmax, linear, mixed, run([LINEAR, SOFTMAX]), run([SOFTMAX, LINEAR])]
+    outputs = [softmax, linear, run([MIX] * 2), run([LINEAR, SOFTMAX]), run([SOFTMAX, LINEAR])]
     for i, one in enumerate(outputs):
-        assert all(np.abs(one - other).max() > 1e-3 for other in outputs[:i])
-    assert apply._cache_size() == 1
-    np.testing.assert_allclose(velocity(params, None, None), softmax, rtol=0, atol=1e-5)
+        assert all(relative_error(one, other) > 1e-3 for other in outputs[:i])
+    assert compiled._cache_size() == 1
+    assert relative_error(velocity(params, None, None), softmax) < 1e-5
 
 
 def test_gradients_reach_scores_and_feature_maps(hybrid):
-    params, velocity = hybrid
-    direction = np.random.default_rng(1).normal(size=velocity(params, None, None).shape)
-
-    def loss(params, r, mode, remat):
-        return jnp.vdot(velocity(params, r, mode, remat=remat), direction)
-
-    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=3)
+    params, velocity, compiled = hybrid
     r, mode = jnp.array([0.3, 0.8]), jnp.array([MIX, MIX])
-    plain = gradient(params, r, mode, False)
-    for leaf in jax.tree.leaves(plain):
-        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
-    again = gradient(params, r, mode, True)
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        assert relative_error(other, one) < 1e-4
+    rng = np.random.default_rng(1)
+    direction = rng.normal(size=compiled(params, r, mode).shape)
 
-    value = jax.jit(loss, static_argnums=3)
+    def loss(params, r, mode):
+        return jnp.vdot(velocity(params, r, mode, remat=True), direction)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    weights, scores = gradient(params, r, mode)
+    assert all(np.isfinite(x).all() and x.any() for x in jax.tree.leaves((weights, scores)))
+
+    size = 1e-3
+    step = jax.tree.map(lambda x: size * rng.normal(size=x.shape).astype(np.float32), (params, r))
+    up, down = (
+        compiled(*jax.tree.map(lambda x, dx, sign=sign: x + sign * dx, (params, r), step), mode)
+        for sign in (1, -1)
+    )
+    slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, (weights, scores), step)))
+    np.testing.assert_allclose(slope, np.vdot(up - down, direction) / 2, rtol=1e-2)
+
     step = jnp.array([0.0, 0.05])
-    slope = (value(params, r + step, mode, False) - value(params, r - step, mode, False)) / 0.1
-    np.testing.assert_allclose(plain[1][1], slope, rtol=2e-2)
+    change = compiled(params, r + step, mode) - compiled(params, r - step, mode)
+    np.testing.assert_allclose(scores[1], np.vdot(change, direction) / 0.1, rtol=1e-2)
 
-    maps, scores = gradient(params, r, jnp.array([LINEAR, SOFTMAX]), True)
+    weights, scores = gradient(params, r, jnp.array([LINEAR, SOFTMAX]))
     assert not scores.any()
-    for leaf in jax.tree.leaves(maps["blocks"]["attn1"]["feature_map"]):
-        assert np.abs(leaf[0]).max() > 0 and not leaf[1].any()
+    for leaf in jax.tree.leaves(weights["blocks"]["attn1"]["feature_map"]):
+        assert leaf[0].any() and not leaf[1].any()
 
 
 def test_bfloat16_is_close_to_float32(hybrid):
-    params, velocity = hybrid
+    params, velocity, compiled = hybrid
     r, mode = jnp.array([0.3, 0.8]), jnp.array([LINEAR, MIX])
     rounded = velocity(params, r, mode, dtype=jnp.bfloat16)
     assert rounded.dtype == jnp.float32
-    assert relative_error(rounded, velocity(params, r, mode)) < 2e-2
+    assert relative_error(rounded, compiled(params, r, mode)) < 3e-2
 
 
 def test_layers_start_different():
-    kernel = module.init(WanTransformer, TINY)["blocks"]["attn1"]["to_q"]["kernel"]
+    kernel = jax.jit(lambda: module.init(WanTransformer, TINY))()["blocks"]["attn1"]["to_q"][
+        "kernel"
+    ]
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
