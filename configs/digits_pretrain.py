@@ -15,13 +15,16 @@ def get_config() -> ConfigDict:
     config.stages = ("pretrain",)
 
     config.pretrain = pretrain = ConfigDict()
-    pretrain.parts = ("vae", "transformer")
+    pretrain.parts = ("vae", "classifier", "transformer")
     pretrain.sampling = ConfigDict(
         {
             "sampler": "unipc",
             "num_inference_steps": 20,
             "guidance_scale": 2.0,  # measured: docs/results.md
             "flow_shift": 3.0,  # Wan2.1 at 480p, diffusers' default
+            "height": 96,
+            "width": 96,
+            "num_frames": 25,
         }
     )
 
@@ -33,12 +36,38 @@ def get_config() -> ConfigDict:
     vae.digit_weight = 4.0  # digits are 10% of the pixels and all of the information
     vae.kl_weight = 5e-5  # near the evidence bound at the error reached: 2 mse latents / pixels
     vae.dtype = "bfloat16"
+    vae.validation_clips = 512
     vae.save_every = 2000
     vae.log_every = 50
 
+    pretrain.classifier = classifier = ConfigDict()
+    classifier.dtype = "bfloat16"
+    classifier.pixels = ConfigDict(
+        {
+            "num_steps": 3000,
+            "batch_size": 128,
+            "num_frames": (25, 81),
+            "pool_clips": 0,  # 0: every batch is drawn anew
+            "validation_clips": 1024,
+        }
+    )
+    classifier.latents = ConfigDict(
+        {
+            "num_steps": 4000,
+            "batch_size": 128,
+            "num_frames": (25, 81),
+            "pool_clips": 32_768,  # encoding costs more than classifying
+            "validation_clips": 1024,
+        }
+    )
+
     pretrain.transformer = transformer = ConfigDict()
-    transformer.sizes = (
-        ConfigDict({"num_frames": 25, "num_clips": 131_072, "batch_size": 256, "every": 0}),
+    # The long size takes each `every`-th step, the short one the others; no clips: left out.
+    transformer.sizes = ConfigDict(
+        {
+            "short": {"num_frames": 25, "num_clips": 131_072, "batch_size": 256, "every": 1},
+            "long": {"num_frames": 81, "num_clips": 0, "batch_size": 96, "every": 2},
+        }
     )
     transformer.captions_per_clip = 3
     transformer.encode_batch_size = 128

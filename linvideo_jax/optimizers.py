@@ -27,15 +27,20 @@ def _matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def muon_with_adam(learning_rate, adam_learning_rate) -> optax.GradientTransformation:
+def muon_with_adam() -> optax.GradientTransformation:
     """Muon for the matrices of the blocks (one orthogonalisation a layer), Adam for the rest.
 
-    Updates are scaled to Adam's root mean square (0.2), so that both rates have one meaning.
+    Updates are scaled to Adam's root mean square (0.2), so that one rate suits both. The rate is 1:
+    `apply` multiplies by that of the step, so one compilation serves runs of any length.
     """
     return muon(
-        learning_rate,
-        adam_learning_rate=adam_learning_rate,
+        1.0,
         adam_b2=0.99,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrix_axes,
     )
+
+
+def apply(params: Any, changes: Any, learning_rate: jax.Array | float) -> Any:
+    """params + learning_rate * changes, where the changes are those of an optimiser of rate 1."""
+    return jax.tree.map(lambda p, c: p + learning_rate * c, params, changes)

@@ -30,7 +30,7 @@ def wan_digits() -> ModelSizes:
             in_channels=16,
             out_channels=16,
         ),
-        vae=VAEConfig(base_dim=12, z_dim=16),
+        vae=VAEConfig(base_dim=16, z_dim=16, num_res_blocks=1),
         text_encoder=UMT5Config(
             vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
         ),

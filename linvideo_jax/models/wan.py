@@ -87,37 +87,68 @@ class WanTransformer(nnx.Module):
         model without a feature map.
         """
         config = self.config
-        grid = _patch_grid(latents.shape[1:4], config.patch_size)
         if mode is not None and config.feature_map is None:
             raise ValueError("modes need a model with feature_map='hedgehog'")
-        embedder = self.condition_embedder
-        time = embedder.time_embedder(timestep)
-        time_blocks = embedder.time_proj(jax.nn.silu(time)).reshape(-1, 6, config.dim)
-        text_bias = None if text_lengths is None else pad_bias(text_lengths, text.shape[1])
-        graph, embedder_params = nnx.split(embedder.text_embedder)
-        embed_text = nnx.merge(graph, _cast_products(embedder_params, dtype))
-        text = embed_text(text.astype(dtype))
-        rotation = rotary_table(grid, config.attention_head_dim)
-
-        graph, layers = nnx.split(self.blocks)
+        x, time, block, layers = self._layers(latents, timestep, text, text_lengths, dtype)
 
         def layer(x, inputs):
             params, r, mode = inputs
-            block = nnx.merge(graph, params)
-            return block(x, text, text_bias, time_blocks, rotation, r, mode), None
+            return block(params, x, r, mode), None
 
         if remat:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         r = jnp.ones(config.num_layers) if r is None else r
         mode = None if mode is None else jnp.asarray(mode, jnp.int32)
-        x = self.patch_embedding(latents.astype(dtype)).astype(jnp.float32)
-        x, _ = jax.lax.scan(layer, x, (_cast_products(layers, dtype), r, mode))
+        x, _ = jax.lax.scan(layer, x, (layers, r, mode))
 
         shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
         x = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
+        grid = _patch_grid(latents.shape[1:4], config.patch_size)
         x = x.reshape(-1, *grid, *config.patch_size, config.out_channels)
         return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(*latents.shape[:4], -1)
+
+    def attention_errors(
+        self,
+        latents: Float[Array, "batch frames height width channels"],
+        timestep: Float[Array, "batch"],
+        text: Float[Array, "batch text text_dim"],
+        text_lengths: Int[Array, "batch"] | None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> Float[Array, "layers"]:
+        """How far each layer's linear attention is from its softmax attention, both at softmax's x.
+
+        Squared error of the heads' outputs over their mean square, float32; its gradient reaches
+        the feature maps alone. Arguments as for a call.
+        """
+        x, _, block, layers = self._layers(latents, timestep, text, text_lengths, dtype)
+
+        def layer(x, params):
+            x, error = block(params, x, None, None, measure=True)
+            return jax.lax.stop_gradient(x), error
+
+        return jax.lax.scan(layer, jax.lax.stop_gradient(x), layers)[1]
+
+    def _layers(self, latents, timestep, text, text_lengths, dtype):
+        """(tokens, time embedding, block(params, x, r, mode, **options), its stacked params)."""
+        grid = _patch_grid(latents.shape[1:4], self.config.patch_size)
+        embedder = self.condition_embedder
+        time = embedder.time_embedder(timestep)
+        time_blocks = embedder.time_proj(jax.nn.silu(time)).reshape(-1, 6, self.config.dim)
+        text_bias = None if text_lengths is None else pad_bias(text_lengths, text.shape[1])
+        text_graph, embedder_params = nnx.split(embedder.text_embedder)
+        embed_text = nnx.merge(text_graph, _cast_products(embedder_params, dtype))
+        text = embed_text(text.astype(dtype))
+        rotation = rotary_table(grid, self.config.attention_head_dim)
+        graph, layers = nnx.split(self.blocks)
+
+        def block(params, x, r, mode, **options):
+            layer = nnx.merge(graph, params)
+            return layer(x, text, text_bias, time_blocks, rotation, r, mode, **options)
+
+        x = self.patch_embedding(latents.astype(dtype)).astype(jnp.float32)
+        return x, time, block, _cast_products(layers, dtype)
 
 
 def _patch_grid(size: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:

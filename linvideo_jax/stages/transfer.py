@@ -28,10 +28,7 @@ def student_config(teacher: wan.WanConfig) -> wan.WanConfig:
 
 
 def weights_optimizer(settings) -> optax.GradientTransformation:
-    """Muon (matrices) and Adam at one rate, Adam at a higher one for the feature maps."""
-
-    def schedule(rate: float):
-        return optimizers.warmup_cosine(rate, settings.num_steps, settings.lr_warmup_steps, 0.05)
+    """Muon (matrices) and Adam, at a rate `feature_map_rate` times as high for the feature maps."""
 
     def group(params):
         return jax.tree_util.tree_map_with_path(
@@ -43,10 +40,8 @@ def weights_optimizer(settings) -> optax.GradientTransformation:
         optax.clip_by_global_norm(settings.clip_norm),
         optax.multi_transform(
             {
-                "weights": optimizers.muon_with_adam(
-                    schedule(settings.learning_rate), schedule(settings.learning_rate)
-                ),
-                "maps": optax.adam(schedule(settings.feature_map_learning_rate), b2=0.99),
+                "weights": optimizers.muon_with_adam(),
+                "maps": optax.adam(settings.feature_map_rate, b2=0.99),
             },
             group,
         ),

@@ -8,15 +8,17 @@ from absl import logging
 
 from linvideo_jax import checkpoints, loop
 from linvideo_jax.data import captions
+from linvideo_jax.errors import UserError
 from linvideo_jax.models import module, registry
 from linvideo_jax.models.tokenizer import Tokenizer
 from linvideo_jax.models.tokenizer_training import build
 from linvideo_jax.models.umt5 import UMT5Encoder
 from linvideo_jax.models.wan import WanTransformer
+from linvideo_jax.stages.pretrain import classifier as classifier_training
 from linvideo_jax.stages.pretrain import transformer as transformer_training
 from linvideo_jax.stages.pretrain import vae as vae_training
 
-PARTS = ("vae", "transformer")
+PARTS = ("vae", "classifier", "transformer")
 
 
 def run(config, workdir: Path) -> None:
@@ -26,6 +28,9 @@ def run(config, workdir: Path) -> None:
     from it; the run may so be made in pieces, each from the weights of the last alone.
     """
     workdir, settings = Path(workdir), config.pretrain
+    unknown = set(settings.parts) - set(PARTS)
+    if unknown:
+        raise UserError(f"pretrain.parts names {sorted(unknown)}; known are {', '.join(PARTS)}.")
     sizes = registry.sizes(config.model)
     start = checkpoints.load(config.checkpoint) if config.checkpoint else None
     if start:
@@ -37,43 +42,48 @@ def run(config, workdir: Path) -> None:
         vae_params = vae_training.train(
             settings.vae, sizes.vae, state / "vae", config.seed, vae_params
         )
-        sizes = replace(sizes, vae=vae_training.with_statistics(vae_params, sizes.vae, config.seed))
-        figures = vae_training.validate(vae_params, sizes.vae, config.seed)
+        clips = settings.vae.validation_clips
+        fitted = vae_training.with_statistics(vae_params, sizes.vae, config.seed, clips)
+        sizes = replace(sizes, vae=fitted)
+        figures = vae_training.validate(vae_params, sizes.vae, config.seed, clips)
         logging.info("VAE on held-out clips: %s", figures)
         loop.write_json(workdir / "vae.json", figures)
 
+    if "classifier" in settings.parts:
+        classifier_training.train(
+            settings.classifier, sizes.vae, vae_params, workdir / "classifier", config.seed
+        )
+
     if start:
-        tokenizer_folder, scheduler = start.tokenizer.folder, start.scheduler
+        tokenizer_folder, scheduler = start.tokenizer_folder, start.scheduler
         params = {"text_encoder": start.text_encoder, "transformer": start.transformer}
     else:
         tokenizer_folder, scheduler = workdir / "tokenizer", None
         if not (tokenizer_folder / "tokenizer.json").exists():
-            build(captions.corpus(), tokenizer_folder)
+            build(captions.vocabulary(), tokenizer_folder)
         params = {
             "text_encoder": module.init(UMT5Encoder, sizes.text_encoder, config.seed),
             "transformer": module.init(WanTransformer, sizes.transformer, config.seed),
         }
     tokenizer = Tokenizer.load(tokenizer_folder)
     if "transformer" in settings.parts:
-        datas = [
-            transformer_training.make_data(
-                settings.transformer, size, sizes, vae_params, tokenizer, config.seed
-            )
-            for size in settings.transformer.sizes
-        ]
         params = transformer_training.train(
-            settings.transformer, sizes, datas, state / "transformer", config.seed, params
+            settings.transformer,
+            sizes,
+            vae_params,
+            tokenizer,
+            state / "transformer",
+            config.seed,
+            params,
         )
     checkpoints.save(
         workdir / "final",
-        config={
-            "transformer": sizes.transformer.to_dict(),
-            "vae": sizes.vae.to_dict(),
-            "text_encoder": sizes.text_encoder.to_dict(),
-            "linear_layers": [],
-            "feature_map": None,
-            **config.pretrain.sampling.to_dict(),
-        },
+        config=checkpoints.make_config(
+            sizes.transformer,
+            sizes.vae,
+            sizes.text_encoder,
+            sampling=settings.sampling.to_dict(),
+        ),
         transformer=jax.device_get(params["transformer"]),
         vae=jax.device_get(vae_params),
         text_encoder=jax.device_get(params["text_encoder"]),

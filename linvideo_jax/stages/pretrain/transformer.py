@@ -55,7 +55,7 @@ def make_data(settings, size, sizes, vae_params, tokenizer, seed: int) -> Data:
 
 
 def make_update(settings, sizes, optimizer, batch_size: int):
-    """A jitted (state, data, step, key) -> (state, metrics): one step of rectified flow."""
+    """A jitted (state, data, step, learning_rate, key) -> (state, metrics) of rectified flow."""
     dtype = jnp.dtype(settings.dtype)
 
     def loss(params, data, key):
@@ -78,10 +78,10 @@ def make_update(settings, sizes, optimizer, batch_size: int):
         return jnp.mean(jnp.square(u - (noise - x0)))
 
     @jax.jit
-    def update(state, data, step, key):
+    def update(state, data, step, learning_rate, key):
         value, grads = jax.value_and_grad(loss)(state["params"], data, key)
         changes, moments = optimizer.update(grads, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], changes)
+        params = optimizers.apply(state["params"], changes, learning_rate)
         decay = jnp.minimum(settings.ema_decay, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
         metrics = {"loss": value, "gradient_norm": optax.global_norm(grads)}
@@ -90,26 +90,27 @@ def make_update(settings, sizes, optimizer, batch_size: int):
     return update
 
 
-def train(settings, sizes, datas: list[Data], folder: Path, seed: int, params: Any):
-    """Trains {"text_encoder", "transformer"} on the sizes' data in turn; returns the averaged weights.
+def train(settings, sizes, vae_params, tokenizer, folder: Path, seed: int, params: Any):
+    """Trains {"text_encoder", "transformer"} from `params`; returns their moving average.
 
-    A size with `every` = k takes each k-th step; the first size takes the others.
+    Sizes of clips take turns: one with `every` = k has each k-th step, the largest k first.
     """
+    clip_sizes = [size for size in settings.sizes.values() if size.num_clips]
+    datas = [
+        make_data(settings, size, sizes, vae_params, tokenizer, seed) for size in clip_sizes
+    ]
     schedule = optimizers.warmup_cosine(
         settings.learning_rate, settings.num_steps, settings.lr_warmup_steps, 0.02
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optimizers.muon_with_adam(schedule, schedule)
-    )
-    updates = [make_update(settings, sizes, optimizer, size.batch_size) for size in settings.sizes]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizers.muon_with_adam())
+    updates = [make_update(settings, sizes, optimizer, size.batch_size) for size in clip_sizes]
     key = jax.random.key(seed)
 
     def update(state, step):
-        turn = 0
-        for index, size in enumerate(settings.sizes):
-            if size.every and step % size.every == size.every - 1:
-                turn = index
-        return updates[turn](state, datas[turn], step, jax.random.fold_in(key, step))
+        turns = [i for i, size in enumerate(clip_sizes) if step % size.every == size.every - 1]
+        turn = max(turns, key=lambda i: clip_sizes[i].every)
+        own_key = jax.random.fold_in(key, step)
+        return updates[turn](state, datas[turn], step, schedule(step), own_key)
 
     params = jax.tree.map(jnp.asarray, params)
     state = loop.run(

@@ -38,18 +38,14 @@ def psnr(mean_square_error):
 
 def train(settings, config: VAEConfig, folder: Path, seed: int, params=None):
     """Trains from `params` (or anew) and returns float32 parameters."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adam(
-            optimizers.warmup_cosine(settings.learning_rate, settings.num_steps, 100, 0.01), b2=0.99
-        ),
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.99))
+    schedule = optimizers.warmup_cosine(settings.learning_rate, settings.num_steps, 100, 0.01)
     pool = digits.sample_attributes(np.random.default_rng(seed), POOL, settings.num_frames)
     data = jax.device_put((pool, digits.digit_images()))
     dtype = jnp.dtype(settings.dtype)
 
     @jax.jit
-    def update(state, data, step, key):
+    def update(state, data, learning_rate, key):
         attributes, images = data
         rows = jax.random.randint(key, (settings.batch_size,), 0, POOL)
         video, mask = digits.render(attributes.take(rows), images, settings.num_frames, mask=True)
@@ -66,14 +62,15 @@ def train(settings, config: VAEConfig, folder: Path, seed: int, params=None):
 
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"])
         changes, moments = optimizer.update(grads, state["optimizer"])
-        return {"params": optax.apply_updates(state["params"], changes), "optimizer": moments}, metrics
+        params = optimizers.apply(state["params"], changes, learning_rate)
+        return {"params": params, "optimizer": moments}, metrics
 
     params = module.init(WanVAE, config, seed) if params is None else params
     params = jax.tree.map(jnp.asarray, params)
     key = jax.random.key(seed)
     state = loop.run(
         "vae",
-        lambda state, step: update(state, data, step, jax.random.fold_in(key, step)),
+        lambda state, step: update(state, data, schedule(step), jax.random.fold_in(key, step)),
         {"params": params, "optimizer": optimizer.init(params)},
         num_steps=settings.num_steps,
         folder=folder,
@@ -94,7 +91,7 @@ def encoder(config: VAEConfig, num_frames: int, dtype):
     return encode
 
 
-def with_statistics(params, config: VAEConfig, seed: int, clips: int = 512) -> VAEConfig:
+def with_statistics(params, config: VAEConfig, seed: int, clips: int) -> VAEConfig:
     """The configuration with mean and deviation of each latent channel over fresh clips."""
     encode = encoder(config, 25, jnp.float32)
     attributes = digits.sample_attributes(np.random.default_rng(seed + 1), clips)
@@ -111,7 +108,7 @@ def with_statistics(params, config: VAEConfig, seed: int, clips: int = 512) -> V
     )
 
 
-def validate(params, config: VAEConfig, seed: int, clips: int = 256) -> dict[str, float]:
+def validate(params, config: VAEConfig, seed: int, clips: int) -> dict[str, float]:
     """PSNR in dB, overall and on digit pixels, of held-out clips (float32, means)."""
     images = digits.digit_images()
 
