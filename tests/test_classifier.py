@@ -25,7 +25,7 @@ def patches(video):
 
 
 def test_training_lowers_the_loss():
-    config = classifier.ClassifierConfig(3, 1, width=16, depth=1, slot_width=16, moments=4)
+    config = classifier.ClassifierConfig(3, 1, 4, 4, width=16, depth=1, slot_width=16, moments=4)
     losses = []
     params = classifier_training.train(
         config,

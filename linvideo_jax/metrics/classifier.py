@@ -1,7 +1,8 @@
 """A small network that reads clips of moving digits: what moves where, per colour.
 
-One attention map per colour finds that colour's digit in every frame; the features found there and
-the path of the map's centre are read over time. The same network reads pixels or latents.
+An attention map per colour finds that colour's digit in every frame. A glimpse cut out around the
+map's centre is read as a small image, and with the path of the centre it is read over time. The
+same network reads pixels or latents.
 """
 
 import json
@@ -43,12 +44,17 @@ _SLOTS = len(COLOURS)
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Sizes of one classifier; `patch` is the stride of its first convolution (1 for latents)."""
+    """Sizes of one classifier; `patch` is the stride of its first convolution (1 for latents).
+
+    glimpse: cells a side of the square around a digit, of `patch` px or one latent.
+    """
 
     in_channels: int
     patch: int
+    glimpse: int
+    glimpse_channels: int
     width: int = 96
-    depth: int = 3
+    depth: int = 2
     slot_width: int = 64
     feature_width: int = 64
     moments: int = 8
@@ -60,8 +66,8 @@ class ClassifierConfig:
         return cls(**{key: value for key, value in values.items() if key in names})
 
 
-PIXELS = ClassifierConfig(in_channels=3, patch=4)
-LATENTS = ClassifierConfig(in_channels=16, patch=1)
+PIXELS = ClassifierConfig(in_channels=3, patch=4, glimpse=10, glimpse_channels=8)
+LATENTS = ClassifierConfig(in_channels=16, patch=1, glimpse=6, glimpse_channels=16)
 
 
 class Outputs(NamedTuple):
@@ -119,6 +125,11 @@ class DigitsClassifier(nnx.Module):
         )
         self.convs = nnx.List([conv(width, width, (3, 3)) for _ in range(config.depth)])
         self.maps = linear(width, _SLOTS * _MAPS)
+        # What of the first convolution shows a digit of each colour, and its reading.
+        fine, shown = self.stem[0].out_features, config.glimpse_channels
+        self.shows = linear(fine, _SLOTS * shown)
+        self.glance = linear(config.glimpse**2 * shown, width)
+        self.sight = linear(width, slot)
         # Per frame and colour: features, two centres and their steps, the maps' evidence.
         self.slot = nnx.Embed(_SLOTS, slot, rngs=rngs)
         self.frame = linear(width + 5 * _MAPS, slot)
@@ -133,9 +144,9 @@ class DigitsClassifier(nnx.Module):
     def __call__(self, clips: Float[Array, "b f height width channels"]) -> Outputs:
         b, f = clips.shape[:2]
         x = clips.reshape(b * f, *clips.shape[2:]).astype(jnp.dtype(self.config.dtype))
-        for layer in self.stem:
-            x = layer(x)
-            x = nnx.gelu(x) if layer is not self.stem[-1] else x
+        fine = x = self.stem[0](x)
+        for layer in self.stem[1:]:
+            x = layer(nnx.gelu(x))
         for norm, layer in zip(self.norms[:-1], self.convs, strict=True):
             x = x + layer(nnx.gelu(norm(x)))
         x = self.norms[-1](x)
@@ -154,6 +165,8 @@ class DigitsClassifier(nnx.Module):
         step = jnp.diff(path, axis=2, append=path[:, :, -1:]) * 10
         seen = [found, path, step, evidence.transpose(0, 2, 1, 3)]
         h = self.frame(jnp.concatenate([s.astype(jnp.float32) for s in seen], -1))
+        shown = self.shows(fine).reshape(b, f, *fine.shape[1:3], _SLOTS, -1)
+        h = h + self.sight(nnx.gelu(self.glance(_cut(shown, centres[:, :, :, 0], self.config))))
         h = h + self.slot.embedding[:, None].astype(h.dtype)
         for layer in self.time:
             h = h + layer(nnx.gelu(h).reshape(b * _SLOTS, f, -1)).reshape(h.shape)
@@ -177,6 +190,23 @@ class DigitsClassifier(nnx.Module):
             centres[:, :, :, 0],
             jnp.concatenate([(y * there).sum(1), ground], -1).astype(jnp.float32),
         )
+
+
+def _cut(shown, centres, config):
+    """Squares around centres [b, slots, f, xy] of maps [b, f, side, side, slots, channels].
+
+    Bilinear, flat in their cells, of equal contrast: [b, slots, f, cells * channels]. Where to look
+    is learned from the known centres, not from what is seen there.
+    """
+    side, size = shown.shape[2], config.glimpse
+    at = jax.lax.stop_gradient(centres)[..., None] * side - 0.5 + jnp.arange(size) - (size - 1) / 2
+    weights = jnp.maximum(0, 1 - jnp.abs(at[..., None] - jnp.arange(side))).astype(shown.dtype)
+    columns, rows = weights[:, :, :, 0], weights[:, :, :, 1]
+    cut = jnp.einsum("bfyxsc,bsfjx->bsfyjc", shown, columns)
+    cut = jnp.einsum("bsfyjc,bsfiy->bsfijc", cut, rows).astype(jnp.float32)
+    cut = cut - cut.mean((3, 4), keepdims=True)
+    cut = cut * jax.lax.rsqrt(jnp.mean(cut**2, (3, 4, 5), keepdims=True) + 1e-3)
+    return cut.reshape(*cut.shape[:3], -1)
 
 
 @jax.jit(static_argnames="config")
