@@ -251,8 +251,8 @@ def initial_feature_map(config: WanConfig) -> dict[str, np.ndarray]:
     """Feature maps to start from: `q` and `k` `[layers, heads, head_dim, head_dim // 2]` float32.
 
     W selects every other rotary pair, so each of the three axes is seen at fine and coarse
-    frequencies, and scales it by sqrt(sqrt(head_dim) / 2). Then phi(q) phi(k), which grows as
-    1 + |W|^2 (q k) / features, and softmax attention's exp(q k / sqrt(head_dim)) agree to first
+    frequencies, and scales it by c = sqrt(sqrt(head_dim) / 2). Then phi(q) phi(k), which grows as
+    1 + c^2 (q k) / features, and softmax attention's exp(q k / sqrt(head_dim)) agree to first
     order on the pairs selected; on random rotated heads the divergence between the two attentions
     was least near this scale, and changed little with the selection.
     """
