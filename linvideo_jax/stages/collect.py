@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file, save_file
 
 from linvideo_jax import checkpoints, loop, pipeline
+from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.data import trajectories
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
@@ -23,21 +24,11 @@ class Collection(NamedTuple):
 
     pairs: trajectories.Pairs
     sigmas: Float[np.ndarray, " steps+1"]
-    times: Float[np.ndarray, " steps"]
+    sampler: str
     text: Float[np.ndarray, "prompts tokens text_dim"]
     text_lengths: Int[np.ndarray, " prompts"]
     negative_text: Float[np.ndarray, "1 tokens text_dim"]
     negative_length: Int[np.ndarray, " 1"]
-
-
-def read_prompts(path: str) -> list[str]:
-    """The non-empty lines of a prompts file; UserError if there is none."""
-    if not Path(path).is_file():
-        raise UserError(f"the prompts file {path} does not exist; write one prompt a line into it.")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompts file {path} has no prompt; write one prompt a line into it.")
-    return prompts
 
 
 def make_rollout(wan_config: wan.WanConfig, sigmas, times, sampler: str, guidance_scale: float, dtype):
@@ -80,15 +71,15 @@ def run(config, workdir: Path) -> None:
     missing = list(trajectories.missing_shards(folder, num_shards))
     if not missing:
         return
-    prompts = read_prompts(config.prompts)
+    prompts = prompt_files.read(config.prompts)
     teacher = checkpoints.load(config.checkpoint)
-    sampling = {**teacher.sampling, **settings.sampling}
+    sampling = teacher.sampling | settings.sampling.to_dict()
     sigmas = grids.sigma_grid(sampling["num_inference_steps"], sampling["flow_shift"])
     times = grids.network_timesteps(sigmas, sampling["sampler"])
     text, lengths = _encoded_text(teacher, [*prompts, settings.negative_prompt], folder)
     loop.write_json(
         folder / "grid.json",
-        {"sigmas": sigmas.tolist(), "times": times.tolist(), "num_shards": num_shards, **sampling},
+        {"sigmas": sigmas.tolist(), "num_shards": num_shards, **sampling},
     )
     rollout = make_rollout(
         teacher.wan_config,
@@ -99,9 +90,10 @@ def run(config, workdir: Path) -> None:
         jnp.dtype(config.dtype),
     )
     shape = pipeline.latent_shape(
-        teacher.wan_config, teacher.vae_config, settings.height, settings.width, settings.num_frames
+        teacher.wan_config,
+        teacher.vae_config,
+        *(sampling[name] for name in ("height", "width", "num_frames")),
     )
-    params = jax.tree.map(jnp.asarray, teacher.transformer)
     batch = settings.batch_size
     with Progress("collect", num_shards * batch, (num_shards - len(missing)) * batch) as progress:
         for done, index in enumerate(missing, num_shards - len(missing) + 1):
@@ -109,7 +101,7 @@ def run(config, workdir: Path) -> None:
             prompt = (index * batch + np.arange(batch)) % len(prompts)
             rows = np.concatenate([prompt, np.full(batch, len(prompts))])
             noise = pipeline.noise(seeds, shape)
-            x, u_cond, u_neg = jax.device_get(rollout(params, noise, text[rows], lengths[rows]))
+            x, u_cond, u_neg = jax.device_get(rollout(teacher.transformer, noise, text[rows], lengths[rows]))
             trajectories.write_shard(folder, index, x, u_cond, u_neg, prompt, seeds)
             progress.update(done * batch, "videos")
 
@@ -132,7 +124,7 @@ def read(workdir: Path) -> Collection:
     return Collection(
         pairs=trajectories.read_pairs(folder, grid["num_shards"]),
         sigmas=np.asarray(grid["sigmas"]),
-        times=np.asarray(grid["times"], np.float32),
+        sampler=grid["sampler"],
         text=stored["text"][:-1],
         text_lengths=stored["lengths"][:-1],
         negative_text=stored["text"][-1:],

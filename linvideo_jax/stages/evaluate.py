@@ -1,0 +1,244 @@
+"""Stage evaluate: teacher and students from the same prompts and noise, measured and shown.
+
+Writes `workdir/evaluate/metrics.json`, mp4 files of the first videos, and `workdir/report.html`.
+"""
+
+import functools
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from linvideo_jax import checkpoints, evaluation, loop, report, video
+from linvideo_jax.data.digits import Labels
+from linvideo_jax.errors import UserError
+from linvideo_jax.evaluation import TEACHER, Columns, Contender, Videos, before_name
+from linvideo_jax.metrics import agreement, classifier, flops, frechet, quality
+from linvideo_jax.pipeline import Pipeline, Settings, text_bucket
+from linvideo_jax.stages import collect
+
+READS = ("latents", "pixels")
+
+
+def run(config, workdir: Path) -> None:
+    """Compares the teacher, `workdir/final` if it is there, and `evaluate.others`."""
+    own, workdir = config.evaluate, Path(workdir)
+    folder = workdir / "evaluate"
+    if own.reads not in READS:
+        raise UserError(f"evaluate.reads is {own.reads!r}: choose one of {', '.join(READS)}.")
+    prompts = chosen_prompts(own)
+    said = evaluation.said_by(prompts)
+    judge = classifier.load(own.classifier, own.reads)
+    teacher = checkpoints.load(config.checkpoint)
+    settings = Settings.of(
+        teacher, height=own.height, width=own.width, num_frames=own.num_frames, **own.sampling
+    )
+    field = evaluation.contenders(teacher, workdir, own.others)
+
+    decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
+    videos, columns = {}, {}
+    for seed in own.seeds:
+        # The teacher's pixels of a seed are compared with everyone's.
+        pixels = _remember_one(decode) if own.reads == "pixels" else None
+        for one in field:
+            made = evaluation.sample(one, prompts, seed, settings, own.batch_size, folder)
+            videos[one.name, seed] = made
+            columns[one.name, seed] = evaluation.remembered(
+                folder / f"{one.name}-seed{seed}-{own.reads}.safetensors",
+                evaluation.fingerprint(
+                    made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
+                ),
+                functools.partial(
+                    evaluation.measure, judge, said, made, videos[TEACHER, seed], pixels
+                ),
+            )
+    real = None
+    if own.reads == "pixels":
+        count = len(prompts) * len(own.seeds)
+        mark = evaluation.fingerprint(judge.validation, count, own.num_frames)
+        make = functools.partial(evaluation.real_features, judge, count, own.num_frames)
+        real = evaluation.remembered(folder / "real.safetensors", mark, make)["features"]
+
+    metrics = {
+        "made": made_by(config, settings, field[0]),
+        "ceiling": ceiling(judge, own.reads, own.num_frames),
+        "contenders": {
+            one.name: summary(one, own.seeds, videos, columns, settings, prompts, real)
+            for one in field
+        },
+        "students": {
+            one.name: gap(one.name, own.seeds, columns) for one in field if one.role == "after"
+        },
+        "shown": show(field, own, prompts, said, videos, columns, decode, folder),
+    }
+    loop.write_json(folder / "metrics.json", metrics)
+    report.write(workdir)
+    print(report.text(metrics))
+    print(f"{workdir / 'report.html'} shows it; all figures are in {folder / 'metrics.json'}")
+
+
+def chosen_prompts(own) -> list[str]:
+    """The first `num_prompts` of the file; UserError if it has fewer."""
+    prompts = collect.read_prompts(own.prompts)
+    if len(prompts) < own.num_prompts:
+        raise UserError(
+            f"{own.prompts} has {len(prompts)} prompts: choose evaluate.num_prompts up to that."
+        )
+    return prompts[: own.num_prompts]
+
+
+def _remember_one(decode: Callable) -> Callable[[Videos], np.ndarray]:
+    """`decode` of latents; the first ones' pixels are kept, the others' made anew."""
+    kept: dict[str, np.ndarray] = {}
+
+    def pixels(videos: Videos) -> np.ndarray:
+        if videos.fingerprint not in kept:
+            made = decode(videos.latents)
+            if kept:
+                return made
+            kept[videos.fingerprint] = made
+        return kept[videos.fingerprint]
+
+    return pixels
+
+
+def made_by(config, settings: Settings, teacher: Contender) -> dict[str, Any]:
+    """How, where and when these figures came about."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "dtype": str(Pipeline(teacher.checkpoint).dtype),
+        "settings": asdict(settings),
+        "config": config.to_dict(),
+    }
+
+
+def ceiling(judge: classifier.Classifier, reads: str, num_frames: int) -> dict[str, float] | None:
+    """The judge's agreement with the truth on real clips of this length, None if not on file.
+
+    Of pixels it is that after the VAE's round trip, which every sample passes too.
+    """
+    view = "round_trip" if reads == "pixels" else "clean"
+    return judge.validation.get(f"{view}_{num_frames}_frames")
+
+
+def summary(
+    one: Contender,
+    seeds: tuple[int, ...],
+    videos: dict[tuple[str, int], Videos],
+    columns: dict[tuple[str, int], Columns],
+    settings: Settings,
+    prompts: list[str],
+    real: np.ndarray | None,
+) -> dict[str, Any]:
+    """A contender's entry of metrics.json; shares with Wilson's interval, over all seeds."""
+    tables = [columns[one.name, seed] for seed in seeds]
+    pooled = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    right = {name[6:]: values for name, values in pooled.items() if name.startswith("right.")}
+    config = one.checkpoint.wan_config
+    shape = Pipeline(one.checkpoint).latent_shape(settings)
+    tokens = flops.video_tokens(config, shape)
+    text = text_bucket(int(max(one.checkpoint.tokenizer.encode(prompts)[1])))
+    layers = one.checkpoint.linear_layers
+    result = {
+        "role": one.role,
+        "source": one.source,
+        "trained_here": one.trained_here,
+        "linear_layers": list(layers),
+        "num_layers": config.num_layers,
+        "num_videos": len(right["all"]),
+        "agreement": {
+            name: {"rate": float(np.mean(values)), "interval": agreement.wilson(values)}
+            for name, values in right.items()
+        },
+        "per_seed": {
+            str(seed): agreement.rates({name: table[f"right.{name}"] for name in right})
+            for seed, table in zip(seeds, tables, strict=True)
+        },
+        "distance_latents": float(pooled["distance_latents"].mean()),
+        "tokens": tokens,
+        "flops_per_forward": flops.forward(config, tokens, layers, text),
+        "flops_saved": flops.saved(config, tokens, layers, text),
+        "seconds": sum(videos[one.name, seed].seconds for seed in seeds),
+        "seconds_per_video": float(
+            np.median([videos[one.name, seed].seconds_per_video for seed in seeds])
+        ),
+    }
+    if real is not None:
+        result["distance_video"] = float(pooled["distance_video"].mean())
+        for name, values in pooled.items():
+            if name.startswith(("motion.", "quality.")):
+                found = values[np.isfinite(values)]
+                result[name] = float(found.mean()) if len(found) else None
+        result["motion.dynamic_degree"] = quality.dynamic_degree(pooled["motion.speed"])
+        enough = len(real) > real.shape[1]  # or the covariance has no full rank
+        result["frechet"] = (
+            frechet.frechet_distance(pooled["features"], real) if enough else None
+        )
+    return result
+
+
+def gap(name: str, seeds: tuple[int, ...], columns: dict[tuple[str, int], Columns]):
+    """How much of the distance from untrained student to teacher the training has closed."""
+
+    def right(contender, some):
+        return np.concatenate([columns[contender, seed]["right.all"] for seed in some])
+
+    def closed(some):
+        trio = [right(one, some) for one in (TEACHER, before_name(name), name)]
+        figures = agreement.gap_closed(*trio)
+        return [figure if np.isfinite(figure) else None for figure in figures]
+
+    share, low, high = closed(seeds)
+    teacher, before, after = (right(one, seeds).mean() for one in (TEACHER, before_name(name), name))
+    return {
+        "teacher": float(teacher),
+        "before": float(before),
+        "after": float(after),
+        "gap_closed": share,
+        "interval": [low, high],
+        "per_seed": {str(seed): closed([seed])[0] for seed in seeds},
+    }
+
+
+def show(
+    field: list[Contender],
+    own,
+    prompts: list[str],
+    said: Labels,
+    videos: dict[tuple[str, int], Videos],
+    columns: dict[tuple[str, int], Columns],
+    decode: Callable,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """The first `num_shown` prompts of the first seed: mp4 files, and what was read in them."""
+    seed, count = own.seeds[0], min(own.num_shown, len(prompts))
+    shown = [{"prompt": prompt, "videos": {}} for prompt in prompts[:count]]
+    for one in field:
+        made = videos[one.name, seed]
+        make = functools.partial(decode, made.latents[:count])
+        frames = evaluation.remembered(
+            folder / f"{one.name}-shown.safetensors",
+            evaluation.fingerprint(made.fingerprint, count),
+            lambda make=make: {"frames": make()},
+        )["frames"]
+        seen = evaluation.seen_labels(columns[one.name, seed])
+        for i, entry in enumerate(shown):
+            path = folder / "videos" / f"{i:02d}-{one.name}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            video.write_mp4(path, frames[i])
+            read = evaluation.describe(said, seen, i)
+            entry["videos"][one.name] = {"file": str(path.relative_to(folder)), "read": read}
+    return shown
