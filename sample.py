@@ -13,50 +13,42 @@ from pathlib import Path
 
 from absl import flags
 
-from linvideo_jax import checkpoints, generate, pipeline
-from linvideo_jax.errors import UserError, run_program
+from linvideo_jax import checkpoints, command_line, folders, generate, pipeline
+from linvideo_jax.errors import UserError
 
 
 def define_flags() -> flags.FlagValues:
     """A fresh set for each call of `main`; None stands for the checkpoint's own default."""
-    values = flags.FlagValues()
+    values = command_line.define(
+        {
+            "checkpoint": (None, "folder of the model"),
+            "out": (None, "folder of the videos and of manifest.json"),
+            "prompt": (None, "one prompt"),
+            "prompts": (None, "text file, one prompt a line"),
+            "negative_prompt": ("", "what guidance leads away from"),
+            "sampler": (None, "unipc or euler"),
+        }
+    )
     define = {"flag_values": values}
-    flags.DEFINE_bool("help", False, "show this and stop", **define)
-    flags.DEFINE_string("checkpoint", None, "folder of the model", **define)
-    flags.DEFINE_string("out", None, "folder of the videos and of manifest.json", **define)
-    flags.DEFINE_string("prompt", None, "one prompt", **define)
-    flags.DEFINE_string("prompts", None, "text file, one prompt a line", **define)
     flags.DEFINE_integer("num_inference_steps", None, "steps of the sampler", **define)
     flags.DEFINE_float("guidance_scale", None, "1 is none", **define)
-    flags.DEFINE_string("negative_prompt", "", "what guidance leads away from", **define)
     flags.DEFINE_integer("height", None, "pixels", **define)
     flags.DEFINE_integer("width", None, "pixels", **define)
     flags.DEFINE_integer("num_frames", None, "4k + 1, at 16 a second", **define)
     flags.DEFINE_float("flow_shift", None, "more than 1: more of the steps near noise", **define)
     flags.DEFINE_integer("seed", 0, "of the first prompt; each next one adds 1", **define)
     flags.DEFINE_integer("batch_size", None, "videos at a time; default at most 4", **define)
-    flags.DEFINE_string("sampler", None, "unipc or euler", **define)
     return values
 
 
 def sample(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input, before anything is written."""
     values = define_flags()
-    try:
-        rest = values(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error}; --help lists the flags.") from None
-    if values.help:
-        print(__doc__, values.get_help(), sep="\n")
-        return
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag: put a long prompt into quotes.")
-    for name in ("checkpoint", "out"):
-        if not values[name].value:
-            raise UserError(f"--{name} is missing: {values[name].help}.")
-    overrides = {name: values[name].value for name in pipeline.Settings.__dataclass_fields__}
+    given = command_line.parse(values, argv, __doc__)
+    command_line.required(given, "checkpoint", "out")
+    overrides = {name: given[name] for name in pipeline.Settings.__dataclass_fields__}
     pipeline.check_settings(**overrides)
-    prompts = generate.read_prompts(values.prompt, values.prompts)
+    prompts = generate.choose_prompts(values.prompt, values.prompts)
     generate.check_seeds(values.seed, len(prompts))
     batch_size = values.batch_size
     if batch_size is None:
@@ -64,7 +56,7 @@ def sample(argv: Sequence[str]) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: choose 1 or more.")
     out = Path(values.out)
-    generate.check_output(out)
+    folders.check_writable(out, "--out")
 
     checkpoint = checkpoints.load(values.checkpoint)
     settings = pipeline.Settings.of(checkpoint, **overrides)
@@ -76,11 +68,7 @@ def sample(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program with `argv` (its own name first) and returns its exit code: 0, 2 or 130."""
-    try:
-        return run_program(sample, argv)
-    except KeyboardInterrupt:
-        print("interrupted: the same command makes the videos that are missing", file=sys.stderr)
-        return 130
+    return command_line.run(sample, argv, "the same command makes the videos that are missing")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 if not __package__:  # run by its path: the packages are in the folder above, not in this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from convert import command_line, exporter
-from linvideo_jax import checkpoints
+from convert import exporter
+from linvideo_jax import checkpoints, command_line
 from linvideo_jax.errors import UserError
 from linvideo_jax.parts import DTYPES, PARTS, cast
 
@@ -32,7 +32,7 @@ FLAGS = {
 
 def convert(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input, and then nothing is written."""
-    given = command_line.parse(argv, FLAGS, __doc__)
+    given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
     command_line.required(given, "checkpoint", "out", "layout")
     layout = command_line.choice("layout", given["layout"], LAYOUTS)
     dtype = command_line.choice("dtype", given["dtype"], tuple(DTYPES))
@@ -56,7 +56,7 @@ def convert(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `argv` (program name first) and returns its exit code: 0, 2 or 130."""
-    return command_line.run(convert, argv)
+    return command_line.run(convert, argv, "nothing was written; give the same command again")
 
 
 if __name__ == "__main__":

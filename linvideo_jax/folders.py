@@ -1,11 +1,21 @@
 """Folders that are written whole or not at all."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from linvideo_jax.errors import UserError
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """UserError that names `flag` if `folder` cannot be made and written to; nothing is created."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"the folder {folder} cannot be written: choose another {flag}.")
 
 
 def _beside(folder: Path, suffix: str) -> Path:

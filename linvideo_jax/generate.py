@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from convert.tensors import read_json
 from linvideo_jax import video
+from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.errors import UserError
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
@@ -23,27 +23,15 @@ MANIFEST = "manifest.json"
 MAX_SEED = 2**32 - 1
 
 
-def read_prompts(prompt: str | None, path: str | None) -> list[str]:
-    """The one prompt, or the lines of a UTF-8 file that are not blank; UserError without any."""
+def choose_prompts(prompt: str | None, path: str | None) -> list[str]:
+    """The one prompt, or those of a file; UserError unless exactly one of the two is given."""
     if (prompt is None) == (path is None):
         raise UserError("give either --prompt with one sentence or --prompts with a file of them.")
     if prompt is not None:
         if not prompt.strip():
             raise UserError("--prompt is empty: say what the video shows.")
         return [prompt.strip()]
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"the prompt file {path} is not UTF-8 text: convert it.") from None
-    except OSError as error:
-        raise UserError(
-            f"the prompt file {path} cannot be read ({error.strerror}): give --prompts a text file "
-            "with one prompt a line."
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompt file {path} is empty: write one prompt a line into it.")
-    return prompts
+    return prompt_files.read(path)
 
 
 def check_seeds(seed: int, count: int) -> None:
@@ -56,15 +44,6 @@ def even_batch_size(count: int, at_most: int = 4) -> int:
     """The size of equal batches that leaves the last one fullest: 5 videos are made as 3 and 2."""
     batches = -(-count // at_most)
     return -(-count // batches)
-
-
-def check_output(out: Path) -> None:
-    """UserError if `out` cannot become a folder that files are written to; nothing is created."""
-    existing = Path(out).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"the output folder {out} cannot be written: choose another --out.")
 
 
 def file_name(index: int, prompt: str) -> str:

@@ -21,7 +21,7 @@ from linvideo_jax.progress import Progress
 Metrics = dict[str, jax.Array]
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop, and its state is saved."""
 
 

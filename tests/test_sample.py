@@ -56,6 +56,10 @@ def contents(folder):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
+def clips(folder):
+    return {path.name: video.read_mp4(path) for path in folder.glob("*.mp4")}
+
+
 def test_videos_and_manifest(run, tmp_path, tiny_pipeline):
     code, out, err = run("--seed=7", "--batch_size=2")
     assert code == 0 and "3 videos" in out and "3/3" in err and "video/s" in err
@@ -90,7 +94,7 @@ def test_videos_and_manifest(run, tmp_path, tiny_pipeline):
 def test_interrupted_says_how_to_resume_and_resumes(run, tmp_path, monkeypatch):
     assert run("--batch_size=2")[0] == 0
     folder = tmp_path / "videos"
-    whole = contents(folder)
+    whole = clips(folder)
     shutil.rmtree(folder)
 
     write = video.write_mp4
@@ -110,9 +114,10 @@ def test_interrupted_says_how_to_resume_and_resumes(run, tmp_path, monkeypatch):
     code, _, err = run("--batch_size=2")
     assert code == 0 and "3/3" in err
     second = contents(folder)
-    assert {name: data for name, (data, _) in second.items()} == {
-        name: data for name, (data, _) in whole.items()
-    }
+    again = clips(folder)
+    assert again.keys() == whole.keys()
+    for name, clip in whole.items():  # the encoder, unlike the latents, is not bit for bit
+        assert np.abs(again[name].astype(int) - clip).mean() < 1
     made = next(name for name in first if name.endswith(".mp4"))
     assert second[made] == first[made], "the finished video is not made again"
 

@@ -1,0 +1,22 @@
+"""Lists of prompts: UTF-8 text files with one prompt a line."""
+
+from pathlib import Path
+
+from linvideo_jax.errors import UserError
+
+
+def read(path: str | Path) -> list[str]:
+    """The lines of a prompt file that are not blank; UserError without any."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt file {path} is not UTF-8 text: convert it.") from None
+    except OSError as error:
+        raise UserError(
+            f"the prompt file {path} cannot be read ({error.strerror}): name a text file with one "
+            "prompt a line."
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} is empty: write one prompt a line into it.")
+    return prompts

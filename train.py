@@ -1,0 +1,41 @@
+"""Runs the stages of a configuration in a folder.
+
+python train.py --config=configs/demo.py --workdir=runs/demo
+python train.py --config=configs/digits.py --workdir=runs/digits --config.transfer.target=4
+
+Any field of the configuration can be set on the command line. Every stage goes on where it stopped:
+after an interruption, give the same command again.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from linvideo_jax import command_line, config_files, folders, stages
+
+FLAGS = {
+    "config": (None, "Python file whose get_config() returns the configuration"),
+    "workdir": (None, "folder of all that the run makes"),
+}
+
+
+def train(argv: Sequence[str]) -> None:
+    """The program; UserError for wrong input, before anything is written."""
+    argv, overrides = config_files.split(argv)
+    given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
+    command_line.required(given, "config", "workdir")
+    config = config_files.override(config_files.load(given["config"]), overrides)
+    folders.check_writable(Path(given["workdir"]), "--workdir")
+    logging.set_verbosity(logging.WARNING)
+    stages.run(config, Path(given["workdir"]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `argv` (program name first) and returns its exit code: 0, 2 or 130."""
+    return command_line.run(train, argv, "the same command goes on from there")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
