@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from linvideo_jax import checkpoints, evaluation, loop, report, video
+from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.data.digits import Labels
 from linvideo_jax.errors import UserError
 from linvideo_jax.evaluation import TEACHER, Columns, Contender, Videos, before_name
 from linvideo_jax.metrics import agreement, classifier, flops, frechet, quality
 from linvideo_jax.pipeline import Pipeline, Settings, text_bucket
-from linvideo_jax.stages import collect
 
 READS = ("latents", "pixels")
 
@@ -52,7 +52,7 @@ def run(config, workdir: Path) -> None:
             made = evaluation.sample(one, prompts, seed, settings, own.batch_size, folder)
             videos[one.name, seed] = made
             columns[one.name, seed] = evaluation.remembered(
-                folder / f"{one.name}-seed{seed}-{own.reads}.safetensors",
+                folder / f"{one.name}-seed{seed}-read-{own.reads}.safetensors",
                 evaluation.fingerprint(
                     made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
                 ),
@@ -87,7 +87,7 @@ def run(config, workdir: Path) -> None:
 
 def chosen_prompts(own) -> list[str]:
     """The first `num_prompts` of the file; UserError if it has fewer."""
-    prompts = collect.read_prompts(own.prompts)
+    prompts = prompt_files.read(own.prompts)
     if len(prompts) < own.num_prompts:
         raise UserError(
             f"{own.prompts} has {len(prompts)} prompts: choose evaluate.num_prompts up to that."
@@ -184,25 +184,24 @@ def summary(
                 result[name] = float(found.mean()) if len(found) else None
         result["motion.dynamic_degree"] = quality.dynamic_degree(pooled["motion.speed"])
         enough = len(real) > real.shape[1]  # or the covariance has no full rank
-        result["frechet"] = (
-            frechet.frechet_distance(pooled["features"], real) if enough else None
-        )
+        result["frechet"] = frechet.frechet_distance(pooled["features"], real) if enough else None
     return result
 
 
 def gap(name: str, seeds: tuple[int, ...], columns: dict[tuple[str, int], Columns]):
     """How much of the distance from untrained student to teacher the training has closed."""
 
+    trio = (TEACHER, before_name(name), name)
+
     def right(contender, some):
         return np.concatenate([columns[contender, seed]["right.all"] for seed in some])
 
     def closed(some):
-        trio = [right(one, some) for one in (TEACHER, before_name(name), name)]
-        figures = agreement.gap_closed(*trio)
+        figures = agreement.gap_closed(*(right(one, some) for one in trio))
         return [figure if np.isfinite(figure) else None for figure in figures]
 
     share, low, high = closed(seeds)
-    teacher, before, after = (right(one, seeds).mean() for one in (TEACHER, before_name(name), name))
+    teacher, before, after = (right(one, seeds).mean() for one in trio)
     return {
         "teacher": float(teacher),
         "before": float(before),

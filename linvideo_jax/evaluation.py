@@ -1,0 +1,295 @@
+"""Models compared from the same prompts and noise: their latents, and what is measured of them.
+
+All that is made is kept in safetensors files beside a fingerprint of what it was made from: a run
+that was interrupted goes on, and nothing of another model or setting is taken for this one's.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from linvideo_jax import checkpoints, generate
+from linvideo_jax.data import captions, digits
+from linvideo_jax.data.digits import ABSENT, INCONSISTENT, UNSAID, Labels
+from linvideo_jax.errors import UserError
+from linvideo_jax.metrics import agreement, motion, quality
+from linvideo_jax.metrics.classifier import NO_DIRECTION, Classifier
+from linvideo_jax.models.wan import initial_feature_map
+from linvideo_jax.pipeline import Pipeline, Settings
+from linvideo_jax.progress import Progress
+from linvideo_jax.video import replacing
+
+Columns = dict[str, np.ndarray]
+
+TEACHER, STUDENT = "teacher", "student"
+SAVE_EVERY = 10.0  # seconds of sampling that an interruption may cost
+
+
+class Contender(NamedTuple):
+    """A model to compare.
+
+    role: "teacher", "before" (a student before any training) or "after"; source: the folder of its
+    weights; trained_here: whether this run's transfer stage made them.
+    """
+
+    name: str
+    role: str
+    checkpoint: checkpoints.Checkpoint
+    source: str
+    trained_here: bool = False
+
+
+def before_name(student: str) -> str:
+    """Name of the contender that `student` was before any training."""
+    return f"{student}_before"
+
+
+def untrained(teacher: checkpoints.Checkpoint, linear_layers: Sequence[int]):
+    """The teacher with initial feature maps and these layers linear: a student before training."""
+    config = replace(teacher.wan_config, feature_map="hedgehog")
+    blocks = teacher.transformer["blocks"]
+    maps = {name: jnp.asarray(value) for name, value in initial_feature_map(config).items()}
+    attention = blocks["attn1"] | {"feature_map": maps}
+    return replace(
+        teacher,
+        config={**teacher.config, "linear_layers": list(linear_layers), "feature_map": "hedgehog"},
+        wan_config=config,
+        transformer=teacher.transformer | {"blocks": blocks | {"attn1": attention}},
+    )
+
+
+def contenders(
+    teacher: checkpoints.Checkpoint, workdir: Path, others: Mapping[str, str]
+) -> list[Contender]:
+    """The teacher; WORKDIR/final, if it is there, and the `others`, each with its own "before".
+
+    Text encoder and VAE are the teacher's for all. UserError for a student of other sizes, or a
+    name that is taken.
+    """
+    found = [Contender(TEACHER, TEACHER, teacher, str(teacher.path))]
+    students = dict(others)
+    if clash := {TEACHER, STUDENT} & set(students):
+        raise UserError(f"evaluate.others names {clash.pop()!r}, which is taken: choose another.")
+    if (workdir / "final").exists():
+        students = {STUDENT: str(workdir / "final")} | students
+    for name, folder in students.items():
+        own = checkpoints.load(folder, ("transformer",))
+        if own.wan_config.to_dict() != teacher.wan_config.to_dict():
+            raise UserError(
+                f"{folder} has other sizes than {teacher.path}: compare students of one teacher."
+            )
+        student = replace(
+            teacher,
+            path=own.path,
+            config=own.config,
+            wan_config=own.wan_config,
+            transformer=own.transformer,
+        )
+        before = untrained(teacher, own.linear_layers)
+        found += [
+            Contender(before_name(name), "before", before, str(teacher.path)),
+            Contender(name, "after", student, folder, trained_here=name == STUDENT),
+        ]
+    return found
+
+
+def stored(path: Path, fingerprint: str) -> Columns | None:
+    """The arrays of a file that was written with this fingerprint, else None."""
+    try:
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+
+def store(path: Path, fingerprint: str, arrays: Columns) -> None:
+    """Writes arrays for `stored`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, {"fingerprint": fingerprint})
+
+
+def remembered(path: Path, fingerprint: str, make: Callable[[], Columns]) -> Columns:
+    """`make()`, or what it gave before."""
+    arrays = stored(path, fingerprint)
+    if arrays is None:
+        arrays = make()
+        store(path, fingerprint, arrays)
+    return arrays
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Videos(NamedTuple):
+    """One contender's latents of one seed, and how long they took.
+
+    seconds: all batches; seconds_per_video: the median batch's, so without the compilation.
+    """
+
+    latents: Float[np.ndarray, "videos frames height width channels"]
+    seconds: float
+    seconds_per_video: float
+    fingerprint: str
+
+
+def sample(
+    contender: Contender,
+    prompts: Sequence[str],
+    seed: int,
+    settings: Settings,
+    batch_size: int,
+    folder: Path,
+) -> Videos:
+    """Latents of all prompts; video i has the noise seed `seed * 100003 + i`, for every contender.
+
+    What an interrupted run has sampled is taken from `folder`.
+    """
+    pipeline = Pipeline(contender.checkpoint)
+    made_from = (generate.fingerprint(contender.checkpoint), asdict(settings), str(pipeline.dtype))
+    mark = fingerprint(*made_from, list(prompts), seed, batch_size)
+    path = folder / f"{contender.name}-seed{seed}-latents.safetensors"
+    arrays = stored(path, mark) or {
+        "latents": np.zeros((len(prompts), *pipeline.latent_shape(settings)), np.float32),
+        "done": np.zeros(len(prompts), bool),
+        "seconds": np.zeros(0),
+    }
+    latents, done, seconds = arrays["latents"], arrays["done"], list(arrays["seconds"])
+    missing = np.flatnonzero(~done).tolist()
+    if missing:
+        batches = pipeline.batches(
+            [prompts[i] for i in missing],
+            [seed * 100_003 + i for i in missing],
+            settings,
+            batch_size,
+        )
+        title = f"sample {contender.name}, seed {seed}"
+        with Progress(title, len(prompts), int(done.sum()), unit="video") as progress:
+            started = saved = time.perf_counter()
+            for rows, made in batches:
+                where = [missing[row] for row in rows]
+                latents[where], done[where] = np.asarray(made), True
+                now = time.perf_counter()
+                seconds.append(now - started)
+                if now - saved > SAVE_EVERY or done.all():
+                    arrays["seconds"] = np.array(seconds)
+                    store(path, mark, arrays)
+                    saved = time.perf_counter()
+                progress.update(int(done.sum()))
+                started = time.perf_counter()
+    return Videos(latents, float(sum(seconds)), float(np.median(seconds)) / batch_size, mark)
+
+
+def said_by(prompts: Sequence[str]) -> Labels:
+    """What the prompts ask for; UserError for one that the digits' captions cannot say."""
+    readings = [captions.labels(prompt) for prompt in prompts]
+    for prompt, reading in zip(prompts, readings, strict=True):
+        if reading is None:
+            raise UserError(
+                f"the prompt {prompt!r} cannot be judged: name digits, colours and a background "
+                "in the words of assets/prompts_digits_test.txt."
+            )
+    return captions.stack(readings)
+
+
+def decode(
+    teacher: checkpoints.Checkpoint, latents: Float[np.ndarray, "videos f h w c"], batch_size: int
+) -> UInt8[np.ndarray, "videos frames height width 3"]:
+    """Pixels, decoded batch by batch."""
+    pipeline = Pipeline(teacher)
+    batches = range(0, len(latents), batch_size)
+    return np.concatenate([pipeline.decode(latents[i : i + batch_size]) for i in batches])
+
+
+def signed(video: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Pixels in [-1, 1], float32."""
+    return video.astype(np.float32) / 127.5 - 1
+
+
+def measure(
+    judge: Classifier,
+    said: Labels,
+    ours: Videos,
+    teachers: Videos,
+    pixels: Callable[[Videos], UInt8[np.ndarray, "videos frames height width 3"]] | None,
+) -> Columns:
+    """One row a video: what was right, what was read, the distance to the teacher's video.
+
+    With `pixels`, which decodes, the judge reads those, and the figures of motion and quality and
+    the features for the Frechet distance come along; without, it reads the latents.
+    """
+    columns = {"distance_latents": quality.distance(ours.latents, teachers.latents)}
+    if pixels is None:
+        reading = judge.read(ours.latents)
+    else:
+        frames = pixels(ours)
+        video = signed(frames)
+        reading = judge.read(video)
+        columns["features"] = reading.features
+        columns["distance_video"] = quality.distance(video, signed(pixels(teachers)))
+        for name, values in motion.measure(video, said)._asdict().items():
+            columns[f"motion.{name}"] = values
+        for figure in (quality.background_consistency, quality.sharpness):
+            columns[f"quality.{figure.__name__}"] = np.array([figure(one) for one in video])
+    for name, values in agreement.agree(said, reading.labels).items():
+        columns[f"right.{name}"] = values
+    for name, values in reading.labels._asdict().items():
+        columns[f"seen.{name}"] = np.asarray(values)
+    return columns
+
+
+def real_features(judge: Classifier, count: int, num_frames: int) -> Columns:
+    """The judge's features of `count` real clips with digit images not trained on."""
+    attributes = digits.sample_attributes(np.random.default_rng(7), count, num_frames, "test")
+    images = jnp.asarray(digits.digit_images())
+    parts = []
+    for begin in range(0, count, 32):
+        clips = digits.render(attributes.take(slice(begin, begin + 32)), images, num_frames)
+        parts.append(judge.read(np.asarray(clips)).features)
+    return {"features": np.concatenate(parts)}
+
+
+def seen_labels(columns: Columns) -> Labels:
+    """What the judge read, out of the columns of `measure`."""
+    return Labels(**{name: columns[f"seen.{name}"] for name in Labels._fields})
+
+
+def describe(said: Labels, seen: Labels, i: int) -> list[tuple[str, bool]]:
+    """What was read in video i, in words, each with whether the prompt says so."""
+    words = []
+    for slot, colour in enumerate(digits.COLOURS):
+        named, shown = said.digit[i, slot] != ABSENT, seen.digit[i, slot] != ABSENT
+        if named and not shown:
+            words.append((f"no {colour} digit", False))
+        if not shown:
+            continue
+        digit = int(seen.digit[i, slot])
+        name = "changing digit" if digit == INCONSISTENT else str(digit)
+        words.append((f"{colour} {name}", bool(named and digit == said.digit[i, slot])))
+        if not named:
+            continue
+        for field, options in (
+            ("direction", [*digits.DIRECTIONS, "no clear way"][: NO_DIRECTION + 1]),
+            ("speed", [*digits.SPEEDS]),
+            ("bounce", ["straight", "bounces"]),
+        ):
+            asked, read = getattr(said, field)[i, slot], int(getattr(seen, field)[i, slot])
+            words.append((options[read], bool(asked in (UNSAID, read))))
+    ground = int(seen.background[i])
+    words.append((f"on {list(digits.BACKGROUNDS)[ground]}", bool(ground == said.background[i])))
+    return words

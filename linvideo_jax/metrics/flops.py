@@ -1,0 +1,67 @@
+"""Floating-point operations of the transformer, counted from its sizes.
+
+A multiplication with its addition counts as two; matrix products alone are counted, since the
+rest is far below a percent.
+"""
+
+from collections.abc import Sequence
+
+from linvideo_jax.models.wan import TEXT_TOKENS, WanConfig
+
+
+def video_tokens(config: WanConfig, latent_shape: Sequence[int]) -> int:
+    """Tokens of one video of latents [frames, height, width, ...]."""
+    sides = zip(latent_shape[:3], config.patch_size, strict=True)
+    tokens = 1
+    for side, patch in sides:
+        tokens *= side // patch
+    return tokens
+
+
+def softmax_attention(config: WanConfig, tokens: int) -> int:
+    """One layer's self-attention after its projections: Q K^T and its product with V."""
+    return 4 * tokens**2 * config.dim
+
+
+def linear_attention(config: WanConfig, tokens: int) -> int:
+    """The same by Hedgehog's features, as many as head_dim: the two feature maps, K^T V, Q (K^T V).
+
+    The feature map's matrix is [head_dim, head_dim / 2]; its mirrored half costs nothing.
+    """
+    return (2 + 4) * tokens * config.dim * config.attention_head_dim
+
+
+def forward(
+    config: WanConfig,
+    tokens: int,
+    linear_layers: Sequence[int] = (),
+    text_tokens: int = TEXT_TOKENS,
+) -> int:
+    """One forward of one video, of one half of guidance.
+
+    tokens: of the video (`video_tokens`); text_tokens: keys of cross-attention.
+    """
+    dim, patch = config.dim, 1
+    for side in config.patch_size:
+        patch *= side
+    # Self-attention's four projections, cross-attention's of the queries and the output.
+    projections = 2 * tokens * (6 * dim**2 + 2 * dim * config.ffn_dim)
+    cross = 2 * text_tokens * 2 * dim**2 + 4 * tokens * text_tokens * dim
+    ends = 2 * tokens * dim * patch * (config.in_channels + config.out_channels)
+    text = 2 * text_tokens * dim * (config.text_dim + dim)
+    time = 2 * dim * (config.freq_dim + 7 * dim)
+    linear = len(linear_layers)
+    attention = (config.num_layers - linear) * softmax_attention(config, tokens)
+    attention += linear * linear_attention(config, tokens)
+    return config.num_layers * (projections + cross) + attention + ends + text + time
+
+
+def saved(
+    config: WanConfig,
+    tokens: int,
+    linear_layers: Sequence[int],
+    text_tokens: int = TEXT_TOKENS,
+) -> float:
+    """Share of a forward's operations that the linear layers save, in [0, 1)."""
+    whole = forward(config, tokens, (), text_tokens)
+    return 1 - forward(config, tokens, linear_layers, text_tokens) / whole

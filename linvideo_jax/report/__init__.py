@@ -1,0 +1,46 @@
+"""report.html of a run: one file that opens offline, made from what the run's folder holds."""
+
+from pathlib import Path
+from typing import Any
+
+from linvideo_jax import loop
+from linvideo_jax.evaluation import TEACHER
+from linvideo_jax.report import page
+from linvideo_jax.video import replacing
+
+
+def write(workdir: Path) -> Path:
+    """Writes WORKDIR/report.html from WORKDIR/evaluate and, if there is one, the transfer's log.
+
+    UserError if the evaluate stage has not been run.
+    """
+    workdir = Path(workdir)
+    metrics = loop.read_json(workdir / "evaluate" / "metrics.json")
+    log = loop.read_metrics(workdir / "state" / "transfer")
+    clips = {
+        entry["file"]: (workdir / "evaluate" / entry["file"]).read_bytes()
+        for shown in metrics["shown"]
+        for entry in shown["videos"].values()
+    }
+    path = workdir / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page.build(metrics, log, clips, workdir), encoding="utf-8")
+    return path
+
+
+def text(metrics: dict[str, Any]) -> str:
+    """Agreement beside the judge's ceiling, and the gaps that the students closed, as text."""
+    ceiling = metrics["ceiling"]
+    names = list(metrics["contenders"][TEACHER]["agreement"])
+    names = ["all", *(name for name in names if name != "all")]
+    rows = [["agreement with the prompt, %", *names]]
+    for name, entry in metrics["contenders"].items():
+        rates = entry["agreement"]
+        rows.append([page.title_of(name), *(f"{100 * rates[key]['rate']:.1f}" for key in names)])
+    if ceiling:
+        rows.append(["ceiling of the classifier", *(f"{100 * ceiling[key]:.1f}" for key in names)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return "\n".join([*lines, *(page.closed(name, s) for name, s in metrics["students"].items())])

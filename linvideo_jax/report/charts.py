@@ -1,0 +1,166 @@
+"""Small inline SVG charts; their colours are classes of the page's style and follow its theme."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 24
+
+
+class Line(NamedTuple):
+    """One curve: its class in the style, and its name, which shows on hovering."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    kind: str
+    name: str
+
+
+def lines(
+    curves: Sequence[Line],
+    title: str,
+    size: tuple[int, int] = (340, 190),
+    y_range: tuple[float, float] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+    classes: str = "",
+) -> str:
+    """Curves over steps; logarithmic where they are positive and span more than a factor of 20.
+
+    marks: vertical lines (step, word). `title` is for readers of the page who hear it.
+    """
+    width, height = size
+    x_all = np.concatenate([curve.x for curve in curves])
+    y_all = np.concatenate([curve.y for curve in curves])
+    logarithmic = y_range is None and y_all.min() > 0 and y_all.max() / y_all.min() > 20
+    low, high = y_range or _padded(y_all, logarithmic)
+    ticks = _decades(low, high) if logarithmic else _even(low, high)
+    rise = math.log10 if logarithmic else float
+    x_low, x_high = float(x_all.min()), float(max(x_all.max(), x_all.min() + 1))
+
+    def at_x(x):
+        return _LEFT + (x - x_low) / (x_high - x_low) * (width - _LEFT - _RIGHT)
+
+    def at_y(y):
+        share = (rise(y) - rise(low)) / (rise(high) - rise(low))
+        return height - _BOTTOM - share * (height - _TOP - _BOTTOM)
+
+    parts = []
+    for tick in ticks:
+        y = at_y(tick)
+        parts.append(f'<path class="rule" d="M{_LEFT} {y:.1f}H{width - _RIGHT}"/>')
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>'
+        )
+    for tick in _even(x_low, x_high, 4 if width < 500 else 8):
+        parts.append(
+            f'<text x="{at_x(tick):.1f}" y="{height - 7}" text-anchor="middle">'
+            f"{_number(tick)}</text>"
+        )
+    for step, word in marks:
+        if x_low < step < x_high:
+            x = at_x(step)
+            parts.append(f'<path class="mark" d="M{x:.1f} {_TOP}V{height - _BOTTOM}"/>')
+            parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 9}">{html.escape(word)}</text>')
+    for curve in curves:
+        points = [
+            f"{at_x(x):.1f} {at_y(min(max(y, low), high)):.1f}"
+            for x, y in zip(curve.x, curve.y, strict=True)
+        ]
+        parts.append(
+            f'<path class="curve {curve.kind}" d="M{"L".join(points)}">'
+            f"<title>{html.escape(curve.name)}</title></path>"
+        )
+    return _svg(width, height, title, parts, classes)
+
+
+def intervals(
+    rows: Sequence[tuple[str, float, tuple[float, float], str]],
+    title: str,
+    ceiling: float | None = None,
+    size: tuple[int, int] = (340, 0),
+    classes: str = "",
+) -> str:
+    """Shares with their intervals, a row each: (label, share, (low, high), class); in [0, 1]."""
+    width, row = size[0], 34
+    height = row * len(rows) + _BOTTOM
+    parts = []
+
+    def at_x(share):
+        return 6 + share * (width - 12)
+
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x = at_x(tick)
+        anchor = {0: "start", 1: "end"}.get(tick, "middle")
+        parts.append(f'<path class="rule" d="M{x:.1f} 4V{height - _BOTTOM + 4}"/>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{tick:.0%}</text>'
+        )
+    if ceiling is not None:
+        parts.append(f'<path class="mark" d="M{at_x(ceiling):.1f} 4V{height - _BOTTOM + 4}"/>')
+    for i, (label, share, (low, high), kind) in enumerate(rows):
+        y = row * i + 24
+        inside = share > 0.5
+        parts.append(
+            f'<text class="label" x="{at_x(low if inside else high) + (-1 if inside else 1):.1f}" '
+            f'y="{y - 7}" text-anchor="{"end" if inside else "start"}">{html.escape(label)} '
+            f"{share:.0%}</text>"
+        )
+        parts.append(f'<path class="span {kind}" d="M{at_x(low):.1f} {y}H{at_x(high):.1f}"/>')
+        parts.append(
+            f'<circle class="dot {kind}" cx="{at_x(share):.1f}" cy="{y}" r="4">'
+            f"<title>{html.escape(label)}: {share:.1%}, {low:.1%} to {high:.1%}</title></circle>"
+        )
+    return _svg(width, height, title, parts, classes)
+
+
+def thinned(x: Sequence[float], y: Sequence[float], most: int = 240) -> tuple[list, list]:
+    """At most `most` points, each the mean of its neighbourhood."""
+    size = -(-len(x) // most)
+    cuts = range(0, len(x), size)
+    return tuple([float(np.mean(v[i : i + size])) for i in cuts] for v in (x, y))
+
+
+def smooth(y: Sequence[float]) -> list[float]:
+    """The running mean over a twentieth of the curve to both sides."""
+    reach = max(1, len(y) // 20)
+    return [float(np.mean(y[max(0, i - reach) : i + reach + 1])) for i in range(len(y))]
+
+
+def _svg(width, height, title, parts, classes):
+    return (
+        f'<svg class="chart {classes}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def _padded(values, logarithmic):
+    low, high = float(values.min()), float(values.max())
+    if logarithmic:
+        return low / 1.1, high * 1.1
+    margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    return (0.0 if 0 <= low < 0.5 * high else low - margin), high + margin
+
+
+def _decades(low, high):
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    ticks = [10.0**power for power in range(first, last + 1)]
+    if len(ticks) < 3:
+        ticks = [m * 10.0**p for p in range(first - 1, last + 1) for m in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+def _even(low, high, count=4):
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _number(value):
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:g}" if abs(value) < 1e4 else f"{value:,.0f}"
