@@ -1,6 +1,6 @@
-"""Half of wan-digits' layers become linear: python train.py --config=configs/digits.py --workdir=runs/digits
+"""Half of wan-digits' layers become linear:
 
-One H100 80GB, a few minutes; figures in docs/results.md.
+python train.py --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Signals:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between two steps."""
+    """Turns SIGINT and SIGTERM into a flag that the loop reads between two steps.
+
+    A second signal stops at once: what was done since the last save is lost.
+    """
 
     def __enter__(self):
         self.received = False
@@ -37,7 +41,10 @@ class _Signals:
         return self
 
     def _receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
         self.received = True
+        print("stopping after this step", file=sys.stderr)
 
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
@@ -71,12 +78,15 @@ class MetricsFile:
                 for index, element in enumerate(array.ravel()):
                     self._board.add_scalar(f"{name}/{index}", float(element), step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
+    """The lines of `metrics.jsonl`, without a last one that a killed process left unfinished."""
     path = Path(folder) / "metrics.jsonl"
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -97,13 +107,14 @@ def run(
     save_every: int,
     log_every: int,
 ) -> Any:
-    """Runs `state, metrics = update(state, step)` for step 0 .. num_steps - 1 and returns the last state.
+    """Runs `state, metrics = update(state, step)` for step 0 .. num_steps - 1; the last state.
 
     `update` must depend on its arguments alone (randomness folded from the step): then a run that
     was interrupted and resumed equals an undisturbed one bit for bit. State is saved in
     `folder/checkpoints` every `save_every` steps, at the end, and when a signal arrives.
 
-    Raises Interrupted after that save, and UserError when the loss is not finite.
+    Raises Interrupted after that save, and UserError when a metric is not finite (such a state is
+    never saved) or when the state in `folder` is of another model.
     """
     folder = Path(folder).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -111,37 +122,74 @@ def run(
         first = 0
         if manager.latest_step() is not None:
             first = manager.latest_step()
-            template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(first, args=ocp.args.StandardRestore(template))
+            state = _restore(manager, first, state, folder)
             logging.info("%s: resumed after step %d", name, first)
         if first >= num_steps:
             return state
-        metrics_file = MetricsFile(folder, first)
-
-        def save(step: int) -> None:
-            if manager.latest_step() != step:
-                manager.save(step, args=ocp.args.StandardSave(state), force=True)
-
-        with _Signals() as signals, Progress(name, num_steps, first) as progress:
+        with (
+            MetricsFile(folder, first) as metrics_file,
+            _Signals() as signals,
+            Progress(name, num_steps, first) as progress,
+        ):
             for step in range(first, num_steps):
                 state, metrics = update(state, step)
-                done = step + 1
-                if done % log_every == 0 or done == num_steps:
+                done, stopped = step + 1, signals.received
+                log = done % log_every == 0 or done == num_steps
+                save = done % save_every == 0 or done == num_steps or stopped
+                if log or save:
                     values = jax.device_get(metrics)
-                    if not np.isfinite(values["loss"]):
-                        raise UserError(
-                            f"{name} diverged at step {done} (loss {values['loss']}): lower its "
-                            f"learning rate; the last good state is in {folder / 'checkpoints'}."
-                        )
+                    _check_finite(name, done, values, folder)
+                if log:
                     metrics_file.write(done, values | {"time": time.time()})
                     progress.update(done, f"loss {float(values['loss']):.4g}")
-                if signals.received:
-                    save(done)
+                if save:
+                    manager.save(done, args=ocp.args.StandardSave(state), force=True)
+                if stopped:
                     raise Interrupted(f"{name} stopped after step {done} of {num_steps}")
-                if done % save_every == 0 or done == num_steps:
-                    save(done)
-        metrics_file.close()
     return state
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, state: Any, folder: Path) -> Any:
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(template))
+    except Exception as error:  # Orbax raises many kinds, for a damaged file too
+        logging.info("restoring %s: %s", folder, error)
+        raise UserError(
+            f"the state in {folder} is damaged or of another model: choose another --workdir, or "
+            "delete it."
+        ) from error
+
+
+def _check_finite(name: str, step: int, values: dict[str, Any], folder: Path) -> None:
+    for metric, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{name} diverged at step {step} ({metric} is not finite): lower its learning rate "
+                f"and delete {folder}, or go on from the state before."
+            )
+
+
+def steps_within(
+    minutes: float, num_steps: int, folder: Path, trial: Callable[[int], Any], trials: int = 30
+) -> int:
+    """How many steps a stage takes: `num_steps`, or as many as fit into `minutes` if that is not 0.
+
+    `trial(i)` makes update i and throws it away; the first ones, which compile, count as time spent.
+    The number is kept in `folder/plan.json`, so that a resumed run has the same schedule.
+    """
+    if not minutes:
+        return num_steps
+    plan = Path(folder) / "plan.json"
+    if not plan.exists():
+        start = time.time()
+        jax.block_until_ready([trial(i) for i in range(4)])
+        compiled = time.time()
+        jax.block_until_ready([trial(i) for i in range(trials)])
+        seconds = (time.time() - compiled) / trials
+        left = max(60.0 * minutes - (time.time() - start), 0.0)
+        write_json(plan, {"minutes": minutes, "num_steps": max(1, int(left / seconds))})
+    return read_json(plan)["num_steps"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -158,4 +206,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); delete it and run again.") from None
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}): delete it and run again."
+        ) from None

@@ -6,7 +6,9 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-MATRICES = ("to_q", "to_k", "to_v", "to_out", "linear_1", "linear_2", "wi_0", "wi_1", "wo", "q", "k", "v", "o")
+# Of the transformer, then of the text encoder.
+MATRICES = {"to_q", "to_k", "to_v", "to_out", "linear_1", "linear_2"}
+MATRICES |= {"q", "k", "v", "o", "wi_0", "wi_1", "wo"}
 
 
 def warmup_cosine(learning_rate: float, num_steps: int, warmup_steps: int, end: float = 0.0):

@@ -78,7 +78,7 @@ def read_pairs(folder: Path, num_shards: int) -> Pairs:
             bad.append(shard_path(folder, index).name)
     if bad:
         raise UserError(
-            f"{folder} lacks {', '.join(bad)} or cannot read them: delete what is there of them and "
-            "run the collect stage again."
+            f"{folder} lacks {', '.join(bad)} or cannot read them: delete what is there of them "
+            "and run the collect stage again."
         )
     return Pairs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -9,7 +9,7 @@ STAGES = ("pretrain", "collect", "transfer", "evaluate")
 
 
 def run(config, workdir: Path) -> None:
-    """Runs `config.stages` in their order; each finds what it finished before and goes on from there."""
+    """Runs `config.stages` in their order; each goes on from what it finished before."""
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"stages names {', '.join(unknown)}; known are {', '.join(STAGES)}.")

@@ -31,11 +31,12 @@ class Collection(NamedTuple):
     negative_length: Int[np.ndarray, " 1"]
 
 
-def make_rollout(wan_config: wan.WanConfig, sigmas, times, sampler: str, guidance_scale: float, dtype):
-    """A jitted (params, noise, text, lengths) -> (states, u_cond, u_neg), each [steps, videos, ...].
+def make_rollout(wan_config: wan.WanConfig, sigmas, sampler: str, guidance_scale: float, dtype):
+    """A jitted (params, noise, text, lengths) -> (states, u_cond, u_neg), [steps, videos, ...].
 
     `text` and `lengths` hold the conditional half, then the negative half.
     """
+    times = grids.network_timesteps(sigmas, sampler)
 
     @jax.jit
     def rollout(
@@ -75,7 +76,6 @@ def run(config, workdir: Path) -> None:
     teacher = checkpoints.load(config.checkpoint)
     sampling = teacher.sampling | settings.sampling.to_dict()
     sigmas = grids.sigma_grid(sampling["num_inference_steps"], sampling["flow_shift"])
-    times = grids.network_timesteps(sigmas, sampling["sampler"])
     text, lengths = _encoded_text(teacher, [*prompts, settings.negative_prompt], folder)
     loop.write_json(
         folder / "grid.json",
@@ -84,7 +84,6 @@ def run(config, workdir: Path) -> None:
     rollout = make_rollout(
         teacher.wan_config,
         sigmas,
-        times,
         sampling["sampler"],
         sampling["guidance_scale"],
         jnp.dtype(config.dtype),
@@ -101,7 +100,8 @@ def run(config, workdir: Path) -> None:
             prompt = (index * batch + np.arange(batch)) % len(prompts)
             rows = np.concatenate([prompt, np.full(batch, len(prompts))])
             noise = pipeline.noise(seeds, shape)
-            x, u_cond, u_neg = jax.device_get(rollout(teacher.transformer, noise, text[rows], lengths[rows]))
+            seen = rollout(teacher.transformer, noise, text[rows], lengths[rows])
+            x, u_cond, u_neg = jax.device_get(seen)
             trajectories.write_shard(folder, index, x, u_cond, u_neg, prompt, seeds)
             progress.update(done * batch, "videos")
 

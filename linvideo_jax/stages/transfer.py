@@ -169,7 +169,7 @@ def make_update(settings, config, teacher_config, sampler: str, dtype):
             scores.annealed_alpha(progress, *settings.alpha),
         )
         changes, moments = optimizer.update(grads["params"], state["optimizer"], state["params"])
-        # Plain gradient descent on r: Adam would move all scores alike, whatever the objective says.
+        # Plain gradient descent on r: Adam would move all scores alike, whatever the objective.
         r_rate = jnp.where(step < settings.round_at, settings.r_learning_rate, 0.0)
         r = jnp.clip(state["r"] - r_rate * grads["r"], 0.0, 1.0)
         new = state | {

@@ -96,28 +96,30 @@ def train(settings, sizes, vae_params, tokenizer, folder: Path, seed: int, param
     Sizes of clips take turns: one with `every` = k has each k-th step, the largest k first.
     """
     clip_sizes = [size for size in settings.sizes.values() if size.num_clips]
-    datas = [
-        make_data(settings, size, sizes, vae_params, tokenizer, seed) for size in clip_sizes
-    ]
-    schedule = optimizers.warmup_cosine(
-        settings.learning_rate, settings.num_steps, settings.lr_warmup_steps, 0.02
-    )
+    datas = [make_data(settings, size, sizes, vae_params, tokenizer, seed) for size in clip_sizes]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizers.muon_with_adam())
     updates = [make_update(settings, sizes, optimizer, size.batch_size) for size in clip_sizes]
     key = jax.random.key(seed)
 
-    def update(state, step):
+    def update(state, step, learning_rate):
         turns = [i for i, size in enumerate(clip_sizes) if step % size.every == size.every - 1]
         turn = max(turns, key=lambda i: clip_sizes[i].every)
         own_key = jax.random.fold_in(key, step)
-        return updates[turn](state, datas[turn], step, schedule(step), own_key)
+        return updates[turn](state, datas[turn], step, learning_rate, own_key)
 
     params = jax.tree.map(jnp.asarray, params)
+    start = {"params": params, "ema": params, "optimizer": optimizer.init(params)}
+    num_steps = loop.steps_within(
+        settings.minutes, settings.num_steps, folder, lambda step: update(start, step, 0.0)
+    )
+    schedule = optimizers.warmup_cosine(
+        settings.learning_rate, num_steps, settings.lr_warmup_steps, 0.02
+    )
     state = loop.run(
         "transformer",
-        update,
-        {"params": params, "ema": params, "optimizer": optimizer.init(params)},
-        num_steps=settings.num_steps,
+        lambda state, step: update(state, step, schedule(step)),
+        start,
+        num_steps=num_steps,
         folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,

@@ -39,7 +39,6 @@ def psnr(mean_square_error):
 def train(settings, config: VAEConfig, folder: Path, seed: int, params=None):
     """Trains from `params` (or anew) and returns float32 parameters."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.99))
-    schedule = optimizers.warmup_cosine(settings.learning_rate, settings.num_steps, 100, 0.01)
     pool = digits.sample_attributes(np.random.default_rng(seed), POOL, settings.num_frames)
     data = jax.device_put((pool, digits.digit_images()))
     dtype = jnp.dtype(settings.dtype)
@@ -67,12 +66,20 @@ def train(settings, config: VAEConfig, folder: Path, seed: int, params=None):
 
     params = module.init(WanVAE, config, seed) if params is None else params
     params = jax.tree.map(jnp.asarray, params)
+    start = {"params": params, "optimizer": optimizer.init(params)}
     key = jax.random.key(seed)
+    num_steps = loop.steps_within(
+        settings.minutes,
+        settings.num_steps,
+        folder,
+        lambda step: update(start, data, 0.0, jax.random.fold_in(key, step)),
+    )
+    schedule = optimizers.warmup_cosine(settings.learning_rate, num_steps, 100, 0.01)
     state = loop.run(
         "vae",
         lambda state, step: update(state, data, schedule(step), jax.random.fold_in(key, step)),
-        {"params": params, "optimizer": optimizer.init(params)},
-        num_steps=settings.num_steps,
+        start,
+        num_steps=num_steps,
         folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
