@@ -83,6 +83,20 @@ def rounded(state: State, target: int) -> State:
     }
 
 
+def on_device(collection: collect.Collection) -> dict[str, jax.Array]:
+    """The whole collection as device arrays, for `draw`."""
+    return jax.device_put(
+        {
+            **collection.pairs._asdict(),
+            "sigmas": collection.sigmas.astype(np.float32),
+            "text": collection.text,
+            "text_lengths": collection.text_lengths,
+            "negative_text": collection.negative_text,
+            "negative_length": collection.negative_length,
+        }
+    )
+
+
 class Batch(NamedTuple):
     """Samples of the stored pairs, each drawn for the conditional or the negative branch."""
 
@@ -177,7 +191,7 @@ def make_update(settings, config, teacher_config, sampler: str, dtype):
             "optimizer": moments,
             "r": r,
         }
-        return new, metrics | {"r": r, "gradient_norm": optax.global_norm(grads["params"])}
+        return new, metrics | {"r": r, "gradient_norm": optax.tree.norm(grads["params"])}
 
     return update
 
@@ -225,16 +239,7 @@ def run(config, workdir: Path) -> None:
         )
     collection = collect.read(workdir)
     wan_config = student_config(teacher.wan_config)
-    data = jax.device_put(
-        {
-            **collection.pairs._asdict(),
-            "sigmas": collection.sigmas.astype(np.float32),
-            "text": collection.text,
-            "text_lengths": collection.text_lengths,
-            "negative_text": collection.negative_text,
-            "negative_length": collection.negative_length,
-        }
-    )
+    data = on_device(collection)
     dtype, sampler = jnp.dtype(config.dtype), collection.sampler
     update = make_update(settings, wan_config, teacher.wan_config, sampler, dtype)
     warmup = make_warmup(settings, wan_config, sampler, dtype)

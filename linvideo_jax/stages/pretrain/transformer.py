@@ -84,7 +84,7 @@ def make_update(settings, sizes, optimizer, batch_size: int):
         params = optimizers.apply(state["params"], changes, learning_rate)
         decay = jnp.minimum(settings.ema_decay, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)}
         return {"params": params, "ema": ema, "optimizer": moments}, metrics
 
     return update

@@ -1,0 +1,270 @@
+"""Collect and transfer on a tiny random teacher: what is stored, resumed, learned and written."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from linvideo_jax import checkpoints, loop
+from linvideo_jax.data import captions, trajectories
+from linvideo_jax.errors import UserError
+from linvideo_jax.models.module import bind, shapes
+from linvideo_jax.models.tokenizer_training import build
+from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
+from linvideo_jax.models.vae import VAEConfig, WanVAE
+from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.stages import collect, transfer
+
+LAYERS, TARGET = 3, 2
+PROMPTS = ("a red 3 moves slowly straight up on a gray background", "a blue 7", "the white two")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Folder of a random teacher whose VAE has one level, so that 16 px are a latent of 16."""
+    folder = tmp_path_factory.mktemp("teacher")
+    models = {
+        "transformer": WanConfig(
+            num_layers=LAYERS,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            ffn_dim=32,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+        ),
+        "vae": VAEConfig(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=(1, 1),
+            num_res_blocks=1,
+            temperal_downsample=(True,),
+            latents_mean=(0.0,) * 4,
+            latents_std=(1.0,) * 4,
+        ),
+        "text_encoder": UMT5Config(
+            vocab_size=build(captions.vocabulary(), folder / "words"),
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+        ),
+    }
+    classes = {"transformer": WanTransformer, "vae": WanVAE, "text_encoder": UMT5Encoder}
+    rng = np.random.default_rng(0)
+
+    def draw(part):
+        return jax.tree.map(
+            lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype),
+            shapes(classes[part], models[part]),
+        )
+
+    params = {part: draw(part) for part in models}
+    # Queries and keys large enough that attention is far from even.
+    for norm in ("norm_q", "norm_k"):
+        params["transformer"]["blocks"]["attn1"][norm]["scale"] += 2.0
+    sampling = {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "height": 16,
+        "width": 16,
+        "num_frames": 3,
+    }
+    checkpoints.save(
+        folder / "teacher",
+        config=checkpoints.make_config(**models, sampling=sampling),
+        **params,
+        tokenizer=folder / "words",
+    )
+    return folder / "teacher"
+
+
+@pytest.fixture(scope="module")
+def config(teacher, tmp_path_factory):
+    """configs/digits.py, cut down to the tiny teacher and a few steps."""
+    path = Path(__file__).parents[1] / "configs" / "digits.py"
+    spec = importlib.util.spec_from_file_location("digits_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    config.checkpoint, config.prompts, config.dtype = str(teacher), str(prompts), "float32"
+    config.collect.update(num_videos=6, batch_size=2)
+    config.transfer.update(
+        target=TARGET,
+        num_steps=24,
+        batch_size=4,
+        warmup_steps=6,
+        round_at=16,
+        lr_warmup_steps=2,
+        save_every=4,
+        log_every=1,
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """Workdir of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("run")
+    collect.run(config, workdir)
+    transfer.run(config, workdir)
+    return workdir
+
+
+def test_pairs_hold_the_teachers_velocities(config, trained, teacher):
+    stored = collect.read(trained)
+    pairs = stored.pairs
+    assert len(pairs.step) == 6 * 3
+    assert sorted(set(pairs.prompt.tolist())) == [0, 1, 2]
+    loaded = checkpoints.load(teacher)
+    model = bind(WanTransformer, loaded.wan_config, loaded.transformer)
+    rows = np.array([1, 7, 16])
+    times = np.floor(1000 * stored.sigmas.astype(np.float32))[pairs.step[rows]]
+    for text, lengths, stored_velocity in (
+        (stored.text[pairs.prompt[rows]], stored.text_lengths[pairs.prompt[rows]], pairs.u_cond),
+        (
+            np.repeat(stored.negative_text, 3, 0),
+            np.repeat(stored.negative_length, 3),
+            pairs.u_neg,
+        ),
+    ):
+        u = model(jnp.asarray(pairs.x[rows], jnp.float32), jnp.asarray(times), text, lengths)
+        wanted = stored_velocity[rows].astype(np.float32)
+        # Pairs are bfloat16: x is rounded before the velocity is taken again here.
+        assert np.linalg.norm(u - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+def test_first_states_are_the_seeds_noise_and_later_ones_move_by_guidance(trained):
+    pairs = collect.read(trained).pairs
+    sigmas = collect.read(trained).sigmas
+    for seed in set(pairs.seed.tolist()):
+        rows = np.flatnonzero(pairs.seed == seed)
+        rows = rows[np.argsort(pairs.step[rows])]
+        x = pairs.x[rows].astype(np.float32)
+        noise = np.asarray(jax.random.normal(jax.random.key(int(seed)), x.shape[1:]))
+        np.testing.assert_allclose(x[0], noise, atol=0.02)
+        u_cond, u_neg = (v[rows[0]].astype(np.float32) for v in (pairs.u_cond, pairs.u_neg))
+        guided = u_neg + 2.0 * (u_cond - u_neg)
+        # UniPC's first step is of order 1, which for a flow is Euler's.
+        np.testing.assert_allclose(x[1], x[0] + (sigmas[1] - sigmas[0]) * guided, atol=0.05)
+
+
+def test_only_a_missing_shard_is_made_again(config, trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in (trained / "pairs").iterdir()}
+    for name, content in before.items():
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        (tmp_path / "pairs" / name).write_bytes(content)
+    kept = tmp_path / "pairs" / "pairs-00000.safetensors"
+    stamp = kept.stat().st_mtime_ns
+    trajectories.shard_path(tmp_path / "pairs", 1).unlink()
+    with pytest.raises(UserError, match=r"lacks pairs-00001\.safetensors"):
+        collect.read(tmp_path)
+    collect.run(config, tmp_path)
+    assert kept.stat().st_mtime_ns == stamp
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == before
+
+
+def test_training_ends_with_the_target(trained):
+    lines = loop.read_metrics(trained / "state" / "transfer")
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    moved = [line["r"] for line in lines[6:16]]
+    assert min(moved[-1]) < 0.85  # from 0.9, by the constraint
+    final = checkpoints.load(trained / "final")
+    assert len(final.linear_layers) == TARGET
+    assert [i for i, r in enumerate(lines[-1]["r"]) if r == 0.0] == list(final.linear_layers)
+    assert set(lines[-1]["r"]) == {0.0, 1.0}
+    assert lines[-1]["constraint"] == 0.0
+
+
+def test_updates_bring_a_linear_student_nearer_to_its_teacher(config, trained, teacher):
+    loaded = checkpoints.load(teacher)
+    wan_config = transfer.student_config(loaded.wan_config)
+    settings = config.transfer
+    state = transfer.initial_state(settings, wan_config, loaded.transformer)
+    state = transfer.rounded(state, LAYERS)
+    update = transfer.make_update(settings, wan_config, loaded.wan_config, "unipc", jnp.float32)
+    data, anchors = transfer.on_device(collect.read(trained)), []
+    for _ in range(40):  # one batch
+        state, metrics = update(
+            state, loaded.transformer, data, settings.round_at, 3e-3, jax.random.key(0)
+        )
+        anchors.append(float(metrics["anchor"]))
+    assert anchors[-1] < 0.5 * anchors[0], anchors
+    assert state["r"].tolist() == [0.0] * LAYERS
+
+
+def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, monkeypatch):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    write = loop.MetricsFile.write
+
+    def killed(self, step, values):
+        if step == 15:
+            raise RuntimeError("killed")
+        write(self, step, values)
+
+    monkeypatch.setattr(loop.MetricsFile, "write", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        transfer.run(config, tmp_path)
+    assert not (tmp_path / "final").exists()
+    monkeypatch.setattr(loop.MetricsFile, "write", write)
+    transfer.run(config, tmp_path)
+    ours, theirs = (checkpoints.load(w / "final") for w in (tmp_path, trained))
+    assert ours.linear_layers == theirs.linear_layers
+    jax.tree.map(np.testing.assert_array_equal, ours.transformer, theirs.transformer)
+
+
+def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
+    loaded = checkpoints.load(teacher)
+    wan_config = transfer.student_config(loaded.wan_config)
+    state = transfer.initial_state(config.transfer, wan_config, loaded.transformer)
+    warmup = transfer.make_warmup(config.transfer, wan_config, "unipc", jnp.float32)
+    data = transfer.on_device(collect.read(trained))
+    errors = []
+    for _ in range(40):  # one batch
+        state, metrics = warmup(state, data, 3e-2, jax.random.key(0))
+        errors.append(np.asarray(metrics["attention_errors"]))
+    assert np.all(errors[-1] < 0.7 * errors[0])
+    for name in ("to_q", "to_out"):
+        now, then = (p["blocks"]["attn1"][name] for p in (state["params"], loaded.transformer))
+        jax.tree.map(np.testing.assert_array_equal, now, then)
+
+
+def test_the_negative_branch_has_its_share(config, trained):
+    stored = collect.read(trained)
+    settings = config.transfer.copy_and_resolve_references()
+    settings.batch_size = 400
+    batch = transfer.draw(transfer.on_device(stored), settings, jax.random.key(0))
+    negative = np.asarray(batch.text_lengths) == stored.negative_length[0]
+    assert 0.05 < negative.mean() < 0.16
+    np.testing.assert_array_equal(batch.text[negative][0], stored.negative_text[0])
+    assert np.all(np.asarray(batch.t_to) < np.asarray(batch.t_from))
+
+
+def test_rounding_keeps_the_smallest_scores(config):
+    state = {"r": jnp.array([0.4, 0.45, 0.3]), "mode": jnp.full((3,), MIX)}
+    rounded = transfer.rounded(state, TARGET)
+    assert rounded["mode"].tolist() == [LINEAR, SOFTMAX, LINEAR]
+    assert rounded["r"].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_wrong_settings_are_refused(config, trained, tmp_path):
+    wrong = config.copy_and_resolve_references()
+    wrong.transfer.target = LAYERS + 1
+    with pytest.raises(UserError, match="choose 0 to 3"):
+        transfer.run(wrong, trained)
+    with pytest.raises(UserError, match="run the collect stage first"):
+        transfer.run(config, tmp_path)
+    (trained / "pairs" / "grid.json").rename(tmp_path / "grid.json")
+    (trained / "pairs" / "grid.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        collect.read(trained)
+    (tmp_path / "grid.json").rename(trained / "pairs" / "grid.json")
+    assert json.loads((trained / "pairs" / "grid.json").read_text())["num_shards"] == 3
