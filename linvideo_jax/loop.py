@@ -175,7 +175,7 @@ def steps_within(
 ) -> int:
     """How many steps a stage takes: `num_steps`, or as many as fit into `minutes` if that is not 0.
 
-    `trial(i)` makes update i and throws it away; the first ones, which compile, count as time spent.
+    `trial(i)` makes update i and throws it away; the first ones, which compile, count in the time.
     The number is kept in `folder/plan.json`, so that a resumed run has the same schedule.
     """
     if not minutes:

@@ -1,10 +1,12 @@
-"""Anytime distribution matching (paper, eq. 11 to 13), its weightings, and the free velocity anchor."""
+"""Anytime distribution matching (paper, eq. 11 to 13), its weightings, and the velocity anchor."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from linvideo_jax.errors import UserError
 
 Latents = Float[Array, "batch frames height width channels"]
 Times = Float[Array, " batch"]
@@ -15,7 +17,7 @@ def _per_sample(values: Times) -> Float[Array, "batch 1 1 1 1"]:
 
 
 def score_difference(u: Latents, u_student: Latents, t: Times) -> Latents:
-    """s_t - s^_t = -((1 - t) / t) (u - u^) of two velocities at one point (paper, eq. 13); t in (0, 1]."""
+    """s_t - s^_t = -((1 - t) / t) (u - u^) of velocities at one point (paper, eq. 13); t > 0."""
     return -_per_sample((1.0 - t) / t) * (u - u_student)
 
 
@@ -33,7 +35,7 @@ def weigh(difference: Latents, t: Times, weighting: str, largest: float = 4.0) -
     if weighting == "normalised":
         size = jnp.mean(jnp.abs(difference), axis=(1, 2, 3, 4), keepdims=True)
         return difference / jnp.maximum(size, 1e-6)
-    raise ValueError(f"weighting {weighting!r} is none of paper, clipped, normalised.")
+    raise UserError(f"transfer.weighting is {weighting!r}: choose paper, clipped or normalised.")
 
 
 def anytime_distribution_matching(
@@ -45,7 +47,7 @@ def anytime_distribution_matching(
     t_to: Times,
     weighting: str,
 ) -> tuple[Float[Array, ""], Latents]:
-    """A scalar whose gradient is ADM's (paper, eq. 11 to 13), and the student's velocity at (x, t_from).
+    """A scalar whose gradient is ADM's (paper, eq. 11 to 13), and the student's u^(x, t_from).
 
     x^_t = x + (t_to - t_from) u^(x, t_from) is one student step; both velocities of the score
     difference are constants there, so the gradient flows through that u^ alone: `frozen_student`

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 def linear_count(r: Float[Array, " layers"]) -> Float[Array, ""]:
-    """Number of layers whose rounded score is linear, with a straight-through gradient of -1 per r."""
+    """Number of layers whose rounded score is linear; its straight-through gradient is -1 per r."""
     rounded = r + jax.lax.stop_gradient(jnp.round(r) - r)
     return jnp.sum(1.0 - rounded)
 
@@ -38,11 +38,11 @@ def annealed_alpha(
 
 
 def choose_linear_layers(r: np.ndarray, target: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The `target` layers of smallest r, and those among all layers that rounding alone would place otherwise.
+    """The `target` layers of smallest r, and the layers that rounding alone would place otherwise.
 
     Nothing in the losses guarantees that exactly `target` scores end below one half; the second
     value lists the corrections, so that a report can name them. Layers count from 0, sorted.
     """
     chosen = sorted(np.argsort(np.asarray(r), kind="stable")[:target].tolist())
-    by_rounding = {layer for layer, score in enumerate(np.asarray(r)) if score < 0.5}
+    by_rounding = {layer for layer, score in enumerate(np.asarray(r)) if np.round(score) == 0}
     return tuple(chosen), tuple(sorted(by_rounding.symmetric_difference(chosen)))

@@ -1,0 +1,175 @@
+"""The training loop with a toy update: resuming, signals, divergence, and the metrics file."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from linvideo_jax import loop
+from linvideo_jax.errors import UserError
+
+
+@jax.jit
+def toy(state, step):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    momentum = 0.9 * state["momentum"] + jax.random.normal(key, (5,))
+    weights = state["nested"]["weights"] + 0.1 * momentum
+    new = {"nested": {"weights": weights}, "momentum": momentum, "mode": state["mode"] + 1}
+    return new, {"loss": jnp.sum(weights**2), "r": weights[:2]}
+
+
+def start():
+    return {
+        "nested": {"weights": jnp.arange(5.0)},
+        "momentum": jnp.zeros(5),
+        "mode": jnp.zeros(2, jnp.int32),
+    }
+
+
+def run(folder, update=toy, state=None, num_steps=10, save_every=4, log_every=2):
+    return loop.run(
+        "toy",
+        update,
+        start() if state is None else state,
+        num_steps=num_steps,
+        folder=folder,
+        save_every=save_every,
+        log_every=log_every,
+    )
+
+
+def untimed(folder):
+    return [
+        {name: value for name, value in line.items() if name != "time"}
+        for line in loop.read_metrics(folder)
+    ]
+
+
+def saved_steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def assert_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def stopping_at(step, number=signal.SIGINT, error=None):
+    def update(state, at):
+        if at == step:
+            if error:
+                raise error
+            signal.raise_signal(number)
+        return toy(state, at)
+
+    return update
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return run(tmp_path / "whole"), tmp_path / "whole"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_call_goes_on_bit_for_bit(whole, tmp_path, capsys, number):
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Interrupted, match="toy stopped after step 6 of 10"):
+        run(tmp_path / "cut", stopping_at(5, number))
+    assert "stopping after this step" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    assert saved_steps(tmp_path / "cut") == [4, 6]
+    assert_bits(run(tmp_path / "cut"), whole[0])
+    assert untimed(tmp_path / "cut") == untimed(whole[1])
+
+
+def test_a_crash_goes_on_from_the_last_save_bit_for_bit(whole, tmp_path):
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "cut", stopping_at(7, error=RuntimeError("killed")))
+    assert [line["step"] for line in untimed(tmp_path / "cut")] == [2, 4, 6]
+    steps = []
+
+    def counted(state, step):
+        steps.append(step)
+        return toy(state, step)
+
+    assert_bits(run(tmp_path / "cut", counted), whole[0])
+    assert steps == [4, 5, 6, 7, 8, 9]
+    assert untimed(tmp_path / "cut") == untimed(whole[1]), "the line of step 6 is there once"
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    def impatient(state, step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run(tmp_path, impatient)
+    assert not isinstance(stop.value, loop.Interrupted) and saved_steps(tmp_path) == []
+
+
+def test_a_finished_run_does_nothing_and_more_steps_go_on(whole):
+    def never(state, step):
+        raise AssertionError
+
+    assert_bits(run(whole[1], never), whole[0])
+    longer = run(whole[1], num_steps=12)
+    assert_bits(longer, run(whole[1].with_name("longer"), num_steps=12))
+    assert [line["step"] for line in untimed(whole[1])] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("bad_step", "log_every", "said", "kept"), [(7, 2, 8, [4]), (3, 100, 4, []), (4, 2, 6, [4])]
+)
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(
+    tmp_path, bad_step, log_every, said, kept
+):
+    def diverging(state, step):
+        state, metrics = toy(state, step)
+        worse = jnp.where(step >= bad_step, jnp.nan, 1.0)
+        return state, metrics | {"loss": metrics["loss"] * worse}
+
+    with pytest.raises(UserError, match=rf"toy diverged at step {said} \(loss is not finite\)"):
+        run(tmp_path, diverging, log_every=log_every)
+    assert saved_steps(tmp_path) == kept
+    assert all(np.isfinite(line["loss"]) for line in loop.read_metrics(tmp_path))
+
+
+def test_state_of_another_model_is_refused(whole):
+    other = start() | {"momentum": jnp.zeros(7)}
+    with pytest.raises(UserError, match="damaged or of another model"):
+        run(whole[1], state=other, num_steps=12)
+    with pytest.raises(UserError, match="damaged or of another model"):
+        run(whole[1], state={"weights": jnp.zeros(5)}, num_steps=12)
+
+
+def test_metrics_have_every_step_once_with_vectors_and_time(whole):
+    lines = loop.read_metrics(whole[1])
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    assert all(len(line["r"]) == 2 and line["time"] > 0 for line in lines)
+    assert any(name.startswith("events.") for name in os.listdir(whole[1]))
+
+
+def test_a_half_written_last_line_is_dropped(whole, tmp_path):
+    path = whole[1] / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text + '{"step": 11, "lo')
+    assert [line["step"] for line in loop.read_metrics(whole[1])] == [2, 4, 6, 8, 10]
+    with loop.MetricsFile(whole[1], 8) as metrics:
+        metrics.write(9, {"loss": np.float32(1.5), "r": np.zeros(2)})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
+    assert lines[-1] == {"step": 9, "loss": 1.5, "r": [0, 0]}
+    assert loop.read_metrics(tmp_path / "nothing") == []
+
+
+def test_json_files(tmp_path):
+    loop.write_json(tmp_path / "new" / "a.json", {"b": [1, 2]})
+    assert loop.read_json(tmp_path / "new" / "a.json") == {"b": [1, 2]}
+    assert os.listdir(tmp_path / "new") == ["a.json"]
+    (tmp_path / "bad.json").write_text('{"b": ')
+    for name in ("bad.json", "none.json"):
+        with pytest.raises(UserError, match="cannot be read as JSON"):
+            loop.read_json(tmp_path / name)
