@@ -97,8 +97,8 @@ def contenders(
         )
         before = untrained(teacher, own.linear_layers)
         found += [
-            Contender(before_name(name), "before", before, str(teacher.path)),
             Contender(name, "after", student, folder, trained_here=name == STUDENT),
+            Contender(before_name(name), "before", before, str(teacher.path)),
         ]
     return found
 

@@ -142,7 +142,7 @@ def latents_run(config, run_folder, tmp_path_factory):
 def test_contenders_and_their_figures(latents_run):
     metrics = latents_run.metrics
     entries = metrics["contenders"]
-    assert list(entries) == ["teacher", "student_before", "student", "shipped_before", "shipped"]
+    assert list(entries) == ["teacher", "student", "student_before", "shipped", "shipped_before"]
     layers = {name: entry["linear_layers"] for name, entry in entries.items()}
     assert layers == {
         "teacher": [], "student_before": [0, 2], "student": [0, 2], "shipped_before": [1],

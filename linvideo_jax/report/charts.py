@@ -59,11 +59,11 @@ def lines(
             f'<text x="{at_x(tick):.1f}" y="{height - 7}" text-anchor="middle">'
             f"{_number(tick)}</text>"
         )
-    for step, word in marks:
+    for i, (step, word) in enumerate(marks):
         if x_low < step < x_high:
             x = at_x(step)
             parts.append(f'<path class="mark" d="M{x:.1f} {_TOP}V{height - _BOTTOM}"/>')
-            parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 9}">{html.escape(word)}</text>')
+            parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 13 + 13 * i}">{html.escape(word)}</text>')
     for curve in curves:
         points = [
             f"{at_x(x):.1f} {at_y(min(max(y, low), high)):.1f}"
@@ -102,12 +102,8 @@ def intervals(
         parts.append(f'<path class="mark" d="M{at_x(ceiling):.1f} 4V{height - _BOTTOM + 4}"/>')
     for i, (label, share, (low, high), kind) in enumerate(rows):
         y = row * i + 24
-        inside = share > 0.5
-        parts.append(
-            f'<text class="label" x="{at_x(low if inside else high) + (-1 if inside else 1):.1f}" '
-            f'y="{y - 7}" text-anchor="{"end" if inside else "start"}">{html.escape(label)} '
-            f"{share:.0%}</text>"
-        )
+        words = f"{html.escape(label)} {share:.0%}"
+        parts.append(f'<text class="label" x="6" y="{y - 7}">{words}</text>')
         parts.append(f'<path class="span {kind}" d="M{at_x(low):.1f} {y}H{at_x(high):.1f}"/>')
         parts.append(
             f'<circle class="dot {kind}" cx="{at_x(share):.1f}" cy="{y}" r="4">'

@@ -135,7 +135,7 @@ def _videos(metrics, clips):
         figures = []
         for name, entry in shown["videos"].items():
             data = base64.b64encode(clips[entry["file"]]).decode()
-            read = " · ".join(
+            read = "&nbsp;· ".join(
                 html.escape(word) if right else f'<span class="wrong">{html.escape(word)}</span>'
                 for word, right in entry["read"]
             )
@@ -147,7 +147,7 @@ def _videos(metrics, clips):
             )
         rows.append(
             f'<div class="clip"><p>{html.escape(shown["prompt"])}</p>'
-            f'<div class="row">{"".join(figures)}</div></div>'
+            f'<div class="row" style="--n:{len(figures)}">{"".join(figures)}</div></div>'
         )
     note = (
         f"<p>The first {len(rows)} prompts of the list, not picked, each from one noise. "
@@ -225,7 +225,7 @@ def _table(metrics):
     note = (
         "<p>Agreement in percent, with 95% intervals. Distances are root mean squares to the "
         "teacher's sample of the same noise. Seconds are those of sampling (the median batch) on "
-        f"{html.escape(_machine(made))}; videos this short gain little time from linear layers.</p>"
+        f"{html.escape(_machine(made))}.</p>"
     )
     table = (
         f'<div class="scroll"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
@@ -279,7 +279,7 @@ def _operations(metrics):
         rows.append((here, entry["flops_per_forward"], entry["flops_saved"]))
     students = _students(metrics)
     if students:
-        entry = students[STUDENT] if STUDENT in students else next(iter(students.values()))
+        entry = max(students.values(), key=lambda entry: len(entry["linear_layers"]))
         for label, config, tokens in WAN_SIZES:
             share = len(entry["linear_layers"]) / entry["num_layers"]
             layers = range(round(share * config.num_layers))

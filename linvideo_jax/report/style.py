@@ -38,7 +38,7 @@ pre {
 .fact span { color: var(--quiet); font-size: 13.5px; line-height: 1.4; display: block; }
 .clip { border-top: 1px solid var(--rule); padding: 16px 0 20px; }
 .clip p { margin: 0 0 10px; font-weight: 500; }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 14px; }
+.row { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 232px)); gap: 14px; }
 figure { margin: 0; }
 video { width: 100%; display: block; border-radius: 8px; background: var(--field); }
 figcaption { font-size: 13px; line-height: 1.4; margin-top: 6px; }

@@ -15,6 +15,7 @@ _NAMES = {
     "regulariser": "Regulariser of r",
     "alpha": "alpha, the regulariser's sharpness",
     "gradient_norm": "Gradient norm",
+    "attention_errors": "Error of each layer's linear attention, while the maps are fitted",
 }
 
 
@@ -26,6 +27,7 @@ def section(log: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
         for name, word in (("warmup_steps", "maps fitted"), ("round_at", "rounded"))
         if name in settings
     ]
+    lines_only = [(step, "") for step, _ in marks]
     linear = metrics["contenders"][STUDENT]["linear_layers"]
     minutes = (log[-1]["time"] - log[0]["time"]) / 60 if "time" in log[0] else 0
     note = (
@@ -45,9 +47,9 @@ def section(log: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> str:
         if key in ("step", "time", "r") or len(values) < 2:
             continue
         if isinstance(values[0], list):
-            panel = _layers(log, key, linear, marks, (340, 190), "")
+            panel = _layers(log, key, linear, lines_only, (340, 190), "")
         else:
-            panel = _scalar(log, key, marks)
+            panel = _scalar(log, key, lines_only)
         panels.append(f"<div><h3>{html.escape(_NAMES.get(key, key))}</h3>{panel}</div>")
     return (
         f'<section id="training"><h2>Training: r and losses</h2>{note}<h3>r of each layer</h3>'
@@ -59,9 +61,7 @@ def _scalar(log, key, marks):
     found = [line for line in log if key in line]
     x, y = thinned([line["step"] for line in found], [line[key] for line in found])
     curves = [Line(x, y, "raw", key), Line(x, smooth(y), "", f"{key}, running mean")]
-    if key == "alpha":
-        curves = curves[:1]
-    return lines(curves, f"{key} over the steps", marks=[mark for mark in marks if mark[0]])
+    return lines(curves, f"{key} over the steps", marks=marks)
 
 
 def _layers(log, key, linear, marks, size, classes, y_range=None):
