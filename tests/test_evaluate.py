@@ -208,9 +208,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(latents_run, config, monke
     assert half.get_tensor("done").tolist() == [True, True, False]
     monkeypatch.setattr(Pipeline, "batches", batches)
     evaluate.run(config, latents_run.workdir)
-    np.testing.assert_array_equal(
-        evaluation.safe_open(lost, "numpy").get_tensor("latents"), whole
-    )
+    np.testing.assert_array_equal(evaluation.safe_open(lost, "numpy").get_tensor("latents"), whole)
     assert (folder / "teacher-seed0-latents.safetensors").stat().st_mtime_ns == kept
     again = read(latents_run.workdir)
     for key in ("ceiling", "students", "shown"):
@@ -220,9 +218,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(latents_run, config, monke
 def test_pixels_of_the_teacher_alone(config, tmp_path):
     """Without a student in the workdir; reading pixels adds the figures of motion and quality."""
     config = ConfigDict(config.to_dict())
-    config.evaluate.update(
-        {"reads": "pixels", "seeds": (0,), "num_prompts": 2, "num_shown": 1}
-    )
+    config.evaluate.update({"reads": "pixels", "seeds": (0,), "num_prompts": 2, "num_shown": 1})
     config.evaluate.others = ConfigDict()
     evaluate.run(config, tmp_path)
     metrics = read(tmp_path)

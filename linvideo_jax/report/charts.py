@@ -63,7 +63,9 @@ def lines(
         if x_low < step < x_high:
             x = at_x(step)
             parts.append(f'<path class="mark" d="M{x:.1f} {_TOP}V{height - _BOTTOM}"/>')
-            parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 13 + 13 * i}">{html.escape(word)}</text>')
+            parts.append(
+                f'<text x="{x + 4:.1f}" y="{_TOP + 13 + 13 * i}">{html.escape(word)}</text>'
+            )
     for curve in curves:
         points = [
             f"{at_x(x):.1f} {at_y(min(max(y, low), high)):.1f}"
@@ -95,9 +97,7 @@ def intervals(
         x = at_x(tick)
         anchor = {0: "start", 1: "end"}.get(tick, "middle")
         parts.append(f'<path class="rule" d="M{x:.1f} 4V{height - _BOTTOM + 4}"/>')
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{tick:.0%}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{tick:.0%}</text>')
     if ceiling is not None:
         parts.append(f'<path class="mark" d="M{at_x(ceiling):.1f} 4V{height - _BOTTOM + 4}"/>')
     for i, (label, share, (low, high), kind) in enumerate(rows):
