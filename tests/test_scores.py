@@ -68,3 +68,32 @@ def test_choice_of_layers_and_its_corrections(r, target, chosen, corrected):
     rounded = {i for i in range(len(r)) if jnp.round(r[i]) == 0}
     assert rounded.symmetric_difference(chosen) == set(corrected)
     assert scores.linear_count(jnp.array(r)) == len(rounded)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("rate", "lambda_", "settles"), [(0.3, 0.03, True), (0.3, 0.1, True), (0.03, 0.03, False)]
+)
+def test_descent_in_a_toy_selection(rate, lambda_, settles, seed):
+    """docs/method.md: 12 layers whose damage is cost (1 - r)^2, noisy gradients, 6 to replace."""
+    rng = np.random.default_rng(seed)
+    costs = jnp.asarray(rng.permutation(np.linspace(0.001, 0.005, 12)))
+
+    def loss(r, step, noise):
+        damage = jnp.sum(costs * (1 + noise) * (1 - r) ** 2)
+        alpha = scores.annealed_alpha(step / 1800, 20.0, 2.0, 0.6)
+        return damage + lambda_ * (scores.constraint(r, 6) + scores.regulariser(r, alpha))
+
+    def descend(r, inputs):
+        return jnp.clip(r - rate * jax.grad(loss)(r, *inputs), 0, 1), None
+
+    noise = jax.random.normal(jax.random.key(seed), (1800, 12))
+    r = np.asarray(jax.lax.scan(descend, jnp.full(12, 0.9), (jnp.arange(1800.0), noise))[0])
+    distance = np.minimum(r, 1 - r).max()
+    if not settles:
+        assert distance > 0.4
+        return
+    assert distance < 0.05 and scores.linear_count(jnp.asarray(r)) == 6
+    chosen, corrections = scores.choose_linear_layers(r, 6)
+    assert corrections == ()
+    assert set(chosen) == set(np.argsort(costs)[:6].tolist())
