@@ -72,7 +72,7 @@ def program(argv: Sequence[str]) -> None:
     if out.suffix not in (".webp", ".gif"):
         raise UserError(f"--out={out} is no .webp or .gif file: choose one of the two.")
     metrics = loop.read_json(folder / "metrics.json")
-    students = list(metrics["students"])
+    students = [k for k, entry in metrics["contenders"].items() if entry["role"] == "after"]
     name = given["student"] or (STUDENT if STUDENT in students else next(iter(students), None))
     if name not in students:
         raise UserError(

@@ -69,10 +69,14 @@ def untrained(teacher: checkpoints.Checkpoint, linear_layers: Sequence[int]):
 
 
 def contenders(
-    teacher: checkpoints.Checkpoint, workdir: Path, others: Mapping[str, str]
+    teacher: checkpoints.Checkpoint,
+    workdir: Path,
+    others: Mapping[str, str],
+    others_before: bool = True,
 ) -> list[Contender]:
-    """The teacher; WORKDIR/final, if it is there, and the `others`, each with its own "before".
+    """The teacher; WORKDIR/final, if it is there; the `others`: each student and its "before".
 
+    others_before: whether the others are compared with what they were before any training, too.
     Text encoder and VAE are the teacher's for all. UserError for a student of other sizes, or a
     name that is taken.
     """
@@ -95,11 +99,11 @@ def contenders(
             wan_config=own.wan_config,
             transformer=own.transformer,
         )
-        before = untrained(teacher, own.linear_layers)
-        found += [
-            Contender(name, "after", student, folder, trained_here=name == STUDENT),
-            Contender(before_name(name), "before", before, str(teacher.path)),
-        ]
+        here = name == STUDENT
+        found.append(Contender(name, "after", student, folder, trained_here=here))
+        if here or others_before:
+            before = untrained(teacher, own.linear_layers)
+            found.append(Contender(before_name(name), "before", before, str(teacher.path)))
     return found
 
 

@@ -121,6 +121,7 @@ def config(teacher, run_folder):
             "classifier": str(run_folder / "classifier"),
             "num_shown": 2,
             "others": {"shipped": str(run_folder / "shipped")},
+            "others_before": True,
         }
     )
     return config
@@ -262,10 +263,18 @@ def test_a_prompt_that_cannot_be_judged_is_refused(config, run_folder, tmp_path)
 def test_untrained_student_is_the_teacher_where_no_layer_is_linear(teacher):
     whole = checkpoints.load(teacher)
     settings = Settings.of(whole, num_inference_steps=1)
-    same = Pipeline(evaluation.untrained(whole, ())).latents(PROMPTS[:1], [5], settings, 1)
+    same = Pipeline(evaluation.untrained(whole, ())).latents(PROMPTS[:1], [5], settings, 2)
     np.testing.assert_allclose(
-        same, Pipeline(whole).latents(PROMPTS[:1], [5], settings, 1), atol=1e-6
+        same, Pipeline(whole).latents(PROMPTS[:1], [5], settings, 2), atol=1e-6
     )
+
+
+def test_others_without_what_they_were_before(teacher, run_folder):
+    others = {"shipped": str(run_folder / "shipped")}
+    field = evaluation.contenders(
+        checkpoints.load(teacher), run_folder / "workdir", others, others_before=False
+    )
+    assert [one.name for one in field] == ["teacher", "student", "student_before", "shipped"]
 
 
 def test_reading_in_words():

@@ -67,7 +67,7 @@ def made_up_metrics(prompts, names=NAMES):
         },
         "ceiling": dict.fromkeys(ATTRIBUTES, 0.985),
         "contenders": {name: contenders[name] for name in names},
-        "students": {name: closed for name in ("student", "shipped") if name in names},
+        "students": {one: closed for one in ("student", "shipped") if f"{one}_before" in names},
         "shown": [
             {
                 "prompt": prompt,
@@ -229,6 +229,12 @@ def test_teacher_alone(workdir):
         name for name in SECTIONS if name != "training"
     ]
     assert "made linear" not in page.text and "there is no student here" in page.text
+
+
+def test_a_student_without_what_it_was_before(workdir):
+    page = Page(report.write(workdir(names=("teacher", "shipped"))).read_text())
+    assert "6 of 12 attention layers made linear" in page.text
+    assert "gap closed" not in page.text and "gap to the teacher" not in page.text
 
 
 def test_text_for_a_terminal():

@@ -99,8 +99,8 @@ def _head(metrics):
     facts = [(_percent(metrics["contenders"][TEACHER]), "of the teacher's videos are all right")]
     for name, entry in students.items():
         facts.append((_percent(entry), f"{title_of(name)}: {_linear(entry)} linear"))
-        gap = metrics["students"][name]
-        if gap["gap_closed"] is not None:
+        gap = metrics["students"].get(name)
+        if gap and gap["gap_closed"] is not None:
             low, high = gap["interval"]
             facts.append(
                 (

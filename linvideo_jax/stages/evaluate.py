@@ -41,7 +41,7 @@ def run(config, workdir: Path) -> None:
     settings = Settings.of(
         teacher, height=own.height, width=own.width, num_frames=own.num_frames, **own.sampling
     )
-    field = evaluation.contenders(teacher, workdir, own.others)
+    field = evaluation.contenders(teacher, workdir, own.others, own.others_before)
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
     videos, columns = {}, {}
@@ -75,7 +75,9 @@ def run(config, workdir: Path) -> None:
             for one in field
         },
         "students": {
-            one.name: gap(one.name, own.seeds, columns) for one in field if one.role == "after"
+            one.name: gap(one.name, own.seeds, columns)
+            for one in field
+            if (before_name(one.name), own.seeds[0]) in columns
         },
         "shown": show(field, own, prompts, said, videos, columns, decode, folder),
     }
