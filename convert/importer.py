@@ -24,9 +24,14 @@ CLASSES = {
     "vae": "AutoencoderKLWan",
     "text_encoder": "UMT5EncoderModel",
 }
-SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+SAMPLERS = {
+    "UniPCMultistepScheduler": "unipc",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpm++",
+}
 
-# The sampling defaults of diffusers' WanPipeline, with the flow shift of its 480p checkpoints.
+# The sampling defaults of diffusers' WanPipeline, with the flow shift of its 480p checkpoints. A
+# negative prompt of None is the one that the model was published with (`registry`).
 SAMPLING = {
     "sampler": "unipc",
     "num_inference_steps": 50,
@@ -35,6 +40,8 @@ SAMPLING = {
     "height": 480,
     "width": 832,
     "num_frames": 81,
+    "time_grid": "diffusers",
+    "negative_prompt": None,
 }
 
 

@@ -24,6 +24,7 @@ from convert.importer import SAMPLING
 from convert.tensors import read_json
 from linvideo_jax import folders
 from linvideo_jax.errors import UserError
+from linvideo_jax.models import registry
 from linvideo_jax.models.module import Params
 from linvideo_jax.models.tokenizer import Tokenizer
 from linvideo_jax.models.umt5 import UMT5Config
@@ -80,7 +81,10 @@ class Checkpoint:
     @property
     def sampling(self) -> dict[str, Any]:
         """The defaults with which this model is sampled, under the names of sample.py's flags."""
-        return {key: self.config.get(key, default) for key, default in SAMPLING.items()}
+        sampling = {key: self.config.get(key, default) for key, default in SAMPLING.items()}
+        if sampling["negative_prompt"] is None:
+            sampling["negative_prompt"] = registry.negative_prompt(self.wan_config)
+        return sampling
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -70,6 +70,8 @@ def test_load_stacks_and_fills_feature_maps_of_other_layers(student, transformer
         "height": 480,
         "width": 832,
         "num_frames": 81,
+        "time_grid": "diffusers",
+        "negative_prompt": "",
     }
     assert loaded.vae is None and loaded.text_encoder is None and loaded.tokenizer is None
     initial = initial_feature_map(WAN)

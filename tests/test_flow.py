@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from linvideo_jax.flow import grids, rectified, solvers
 
@@ -20,6 +24,12 @@ def unipc_scheduler(flow_shift):
         num_train_timesteps=1000,
         flow_shift=flow_shift,
         solver_order=2,
+    )
+
+
+def dpm_scheduler(flow_shift):
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
     )
 
 
@@ -64,6 +74,27 @@ def test_unipc_follows_diffusers(steps, flow_shift):
     assert relative_error(our_run(sigmas, "unipc"), scheduler_run(scheduler)) < 1e-5
 
 
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0])
+@pytest.mark.parametrize("steps", STEPS)
+def test_dpm_follows_diffusers(steps, flow_shift):
+    scheduler = dpm_scheduler(flow_shift)
+    scheduler.set_timesteps(steps)
+    sigmas = grids.sigma_grid(steps, flow_shift, sampler="dpm++")
+    np.testing.assert_array_equal(sigmas.astype(np.float32), scheduler.sigmas.numpy())
+    assert relative_error(our_run(sigmas, "dpm++"), scheduler_run(scheduler)) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++"])
+def test_original_grid_in_the_steps_of_diffusers(sampler):
+    """Wan's own grid, which for dpm++ starts at pure noise, put into diffusers' scheduler."""
+    scheduler = {"unipc": unipc_scheduler, "dpm++": dpm_scheduler}[sampler](8.0)
+    scheduler.set_timesteps(8)
+    sigmas = grids.sigma_grid(8, 8.0, "original", sampler)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+    scheduler.timesteps = torch.tensor(grids.network_timesteps(sigmas, sampler)).to(torch.int64)
+    assert relative_error(our_run(sigmas, sampler), scheduler_run(scheduler)) < 1e-5
+
+
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_follows_diffusers(steps):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -75,18 +106,28 @@ def test_euler_follows_diffusers(steps):
 
 def test_network_timesteps_are_those_of_diffusers():
     for flow_shift in (1.0, 3.0, 5.0, 8.0):
-        scheduler = unipc_scheduler(flow_shift)
-        for steps in range(1, 101):
-            scheduler.set_timesteps(steps)
-            ours = grids.network_timesteps(grids.sigma_grid(steps, flow_shift), "unipc")
-            np.testing.assert_array_equal(ours, scheduler.timesteps.numpy())
+        for sampler, make in (("unipc", unipc_scheduler), ("dpm++", dpm_scheduler)):
+            scheduler = make(flow_shift)
+            for steps in range(1, 101):
+                scheduler.set_timesteps(steps)
+                sigmas = grids.sigma_grid(steps, flow_shift, sampler=sampler)
+                ours = grids.network_timesteps(sigmas, sampler)
+                np.testing.assert_array_equal(ours, scheduler.timesteps.numpy())
 
 
-def test_original_grid():
-    """Figures of Wan's fm_solvers_unipc.py at shift 5 and 50 steps."""
-    timesteps = grids.network_timesteps(grids.sigma_grid(50, 5.0, "original"), "unipc")
-    assert timesteps[:3].tolist() == [999, 995, 991]
-    assert timesteps[-2:].tolist() == [172, 92]
+def test_grids_of_both_codes():
+    """Figures of Wan's fm_solvers_unipc.py, fm_solvers.py and of diffusers, shift 5, 50 steps."""
+
+    def times(kind, sampler):
+        return grids.network_timesteps(grids.sigma_grid(50, 5.0, kind, sampler), sampler).tolist()
+
+    unipc = times("original", "unipc")
+    assert unipc[:3] == [999, 995, 991] and unipc[-2:] == [172, 92]
+    dpm = times("original", "dpm++")
+    assert dpm[:3] == [1000, 995, 991] and dpm[-2:] == [172, 92]
+    sigmas = 1000 * grids.sigma_grid(50, 5.0)
+    np.testing.assert_allclose(sigmas[:3], [999.999, 995.94, 991.74], atol=0.01)
+    np.testing.assert_allclose(sigmas[-3:], [175.97, 96.78, 0], atol=0.01)
 
 
 def test_straight_flow_is_solved_exactly():
@@ -99,7 +140,7 @@ def test_straight_flow_is_solved_exactly():
             np.testing.assert_allclose(final, data, atol=1e-5)
 
 
-def test_unipc_is_more_accurate_than_euler():
+def test_multistep_is_more_accurate_than_euler():
     def final(sampler, steps):
         return np.asarray(
             solvers.sample(velocity_of(jnp), NOISE, grids.sigma_grid(steps, 3.0), sampler)
@@ -107,11 +148,11 @@ def test_unipc_is_more_accurate_than_euler():
 
     exact = final("unipc", 200)
     error = {s: np.abs(final(s, 20) - exact).mean() for s in solvers.SAMPLERS}
-    assert error["unipc"] < 0.5 * error["euler"]
+    assert error["unipc"] < 0.5 * error["euler"] and error["dpm++"] < 0.5 * error["euler"]
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unipc, euler"):
+    with pytest.raises(ValueError, match="unipc, euler, dpm"):
         solvers.sample(velocity_of(jnp), NOISE, grids.sigma_grid(2, 3.0), "heun")
     with pytest.raises(ValueError, match="diffusers, original"):
         grids.sigma_grid(2, 3.0, "karras")

@@ -6,29 +6,50 @@ from jaxtyping import Float
 from linvideo_jax.flow.rectified import shift_time
 
 TRAIN_TIMESTEPS = 1000
+GRIDS = ("diffusers", "original")
+
+# First and last sigma before the shift. "diffusers": UniPCMultistepScheduler and
+# DPMSolverMultistepScheduler with flow sigmas, Euler on UniPC's. "original": Wan's
+# fm_solvers_unipc.py (whose 0.999 has passed float32) and get_sampling_sigmas of fm_solvers.py;
+# Wan has no Euler, but the code around FlowMatchScheduler runs it on the latter.
+_RANGES = {
+    ("diffusers", "unipc"): (1, 1 / TRAIN_TIMESTEPS),
+    ("diffusers", "euler"): (1, 1 / TRAIN_TIMESTEPS),
+    ("diffusers", "dpm++"): (1 - 1 / TRAIN_TIMESTEPS, 0),
+    ("original", "unipc"): (float(np.float32(1 - 1 / TRAIN_TIMESTEPS)), 0),
+    ("original", "euler"): (1, 0),
+    ("original", "dpm++"): (1, 0),
+}
 
 
 def sigma_grid(
-    num_inference_steps: int, flow_shift: float, kind: str = "diffusers"
+    num_inference_steps: int, flow_shift: float, kind: str = "diffusers", sampler: str = "unipc"
 ) -> Float[np.ndarray, " steps+1"]:
     """Sigmas of `num_inference_steps` steps, falling, the last one 0.
 
     Args:
       num_inference_steps: 1 or more.
       flow_shift: above 0; 1 leaves the grid even.
-      kind: "diffusers" as UniPCMultistepScheduler with flow sigmas builds it (1 to 0.001, the
-        first one 1e-6 below 1), "original" as Wan's fm_solvers_unipc.py (0.999 to 0).
+      kind: "diffusers" or "original" (Wan's own code): where the even grid starts and ends.
+      sampler: "unipc", "euler" or "dpm++", for which both libraries have grids of their own.
 
     Raises:
-      ValueError: an unknown kind, no step, or a shift that is not positive.
+      ValueError: an unknown kind or sampler, no step, or a shift that is not positive.
     """
     if num_inference_steps < 1 or flow_shift <= 0:
         raise ValueError(f"need steps >= 1 and shift > 0, got {num_inference_steps}, {flow_shift}")
-    ranges = {"diffusers": (1, 1 / TRAIN_TIMESTEPS), "original": (1 - 1 / TRAIN_TIMESTEPS, 0)}
-    if kind not in ranges:
-        raise ValueError(f"unknown kind of grid {kind!r}; known: {', '.join(ranges)}")
-    sigmas = shift_time(np.linspace(*ranges[kind], num_inference_steps + 1), flow_shift)
-    sigmas[0] = min(sigmas[0], 1 - 1e-6)
+    if (kind, sampler) not in _RANGES:
+        raise ValueError(
+            f"no grid {kind!r} of {sampler!r}; known: {', '.join(GRIDS)} of unipc, euler, dpm++"
+        )
+    first, last = _RANGES[kind, sampler]
+    sigmas = np.linspace(first, last, num_inference_steps + 1)
+    if (kind, sampler) == ("diffusers", "dpm++"):
+        # Equal but for the last bit, on which it depends what a cut to whole steps gives.
+        sigmas = 1 - np.linspace(1, 1 / TRAIN_TIMESTEPS, num_inference_steps + 1)[::-1]
+    sigmas = shift_time(sigmas, flow_shift)
+    if kind == "diffusers":
+        sigmas[0] = min(sigmas[0], 1 - 1e-6)
     sigmas[-1] = 0
     return sigmas
 
@@ -38,8 +59,8 @@ def network_timesteps(
 ) -> Float[np.ndarray, " steps"]:
     """The time that the network is told at each step: 1000 sigma, float32.
 
-    With "unipc" cut to a whole number, as Wan's own code and diffusers' UniPC do; the states move
-    by the exact sigmas all the same.
+    With "unipc" and "dpm++" cut to a whole number, as Wan's own code and diffusers do; the states
+    move by the exact sigmas all the same.
     """
     timesteps = sigmas[:-1] * TRAIN_TIMESTEPS
-    return (np.trunc(timesteps) if sampler == "unipc" else timesteps).astype(np.float32)
+    return (timesteps if sampler == "euler" else np.trunc(timesteps)).astype(np.float32)

@@ -1,8 +1,9 @@
 """Solvers of the sampling equation as tables of coefficients, run by one scan.
 
-UniPC (order 2, B(h) = expm1, data prediction; Zhao et al. 2023) and Euler both build the next
-state linearly from earlier states and data predictions m_i = x_i - sigma_i u_i, so a solver is two
-rows of numbers a step: the corrector's and the predictor's.
+UniPC (order 2, B(h) = expm1, data prediction; Zhao et al. 2023), DPM-Solver++ (2M, midpoint; Lu
+et al. 2022) and Euler all build the next state linearly from earlier states and data predictions
+m_i = x_i - sigma_i u_i, so a solver is two rows of numbers a step: the corrector's and the
+predictor's.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-SAMPLERS = ("unipc", "euler")
+SAMPLERS = ("unipc", "euler", "dpm++")
 
 
 class SolverTable(NamedTuple):
@@ -34,41 +35,65 @@ class Trajectory(NamedTuple):
     velocities: Float[Array, "steps ..."]
 
 
+def _no_corrector(steps: int) -> Float[np.ndarray, "steps 5"]:
+    return np.tile([1.0, 0, 0, 0, 0], (steps, 1))
+
+
 def euler_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
     """x_{i+1} = x_i + (s_{i+1} - s_i) u_i, written with m_i = x_i - s_i u_i."""
     ratio = sigmas[1:] / sigmas[:-1]
-    keep = np.tile([1.0, 0, 0, 0, 0], (len(ratio), 1))
-    return SolverTable(keep, np.stack([ratio, 1 - ratio, 0 * ratio], axis=1))
+    return SolverTable(
+        _no_corrector(len(ratio)), np.stack([ratio, 1 - ratio, 0 * ratio], axis=1)
+    )
+
+
+def _half_log_snr(sigmas: Float[np.ndarray, " steps+1"]) -> Float[np.ndarray, " steps"]:
+    """lam = log(1 - s) - log s of all sigmas but the last, which is 0; -inf at s = 1."""
+    # Both sources round the sigmas to float32 before they take logarithms; log(1 - s) of the first
+    # one, s = 1 - 1e-6, moves by 1% with that rounding.
+    sigmas = sigmas.astype(np.float32).astype(np.float64)[:-1]
+    with np.errstate(divide="ignore"):
+        return np.log(1 - sigmas) - np.log(sigmas)
+
+
+def dpm_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
+    """DPM-Solver++ (2M): first and last step of order 1.
+
+    With lam = log(1 - s) - log s, h = lam_t - lam_s, r = (lam_{s-1} - lam_s) / h and a = 1 - s,
+    x_t = (s_t / s_s) x - a_t expm1(-h) (m_s + (m_{s-1} - m_s) / (2 r)).
+    The last step, s_t = 0, is its limit m_s.
+    """
+    lam = _half_log_snr(sigmas)
+    sigmas = sigmas.astype(np.float32).astype(np.float64)
+    predictor = np.zeros((len(lam), 3))
+    predictor[-1, 1] = 1
+    for i in range(len(lam) - 1):
+        h = lam[i + 1] - lam[i]
+        first = -(1 - sigmas[i + 1]) * np.expm1(-h)
+        older = 0.5 * h / (lam[i - 1] - lam[i]) if i else 0.0
+        predictor[i] = sigmas[i + 1] / sigmas[i], first * (1 - older), first * older
+    return SolverTable(_no_corrector(len(lam)), predictor)
 
 
 def unipc_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
-    """UniPC of order 2 with bh2: first and last step of order 1, a corrector from step 1 on.
+    """UniPC of order 2 with bh2: DPM-Solver++'s predictor, and a corrector from step 1 on.
 
-    With lam = log(1 - s) - log s and h = lam_t - lam_s, both updates start from
-    (s_t / s_s) x - a_t expm1(-h) m_s, a = 1 - s, and add -a_t expm1(-h) times
-      predictor: (m_{s-1} - m_s) / (2 r),
-      corrector: rho_1 (m_{s-1} - m_s) / r + rho_2 (m_t - m_s),
-    where r = (lam_{s-1} - lam_s) / h. The last step, s_t = 0, is its limit m_s.
+    The corrector goes over the step from s to t again, now that m_t is known: in the terms of
+    `dpm_table` x_t = (s_t / s_s) x - a_t expm1(-h) (m_s + rho_1 (m_{s-1} - m_s) / r + rho_2
+    (m_t - m_s)), without the term of rho_1 in the first.
     """
-    # Both sources round the sigmas to float32 before they take logarithms; log(1 - s) of the first
-    # one, s = 1 - 1e-6, moves by 1% with that rounding.
+    lam = _half_log_snr(sigmas)
+    predictor = dpm_table(sigmas).predictor
     sigmas = sigmas.astype(np.float32).astype(np.float64)
-    steps = len(sigmas) - 1
-    lam = np.log(1 - sigmas[:-1]) - np.log(sigmas[:-1])
-    corrector = np.zeros((steps, 5))
-    predictor = np.zeros((steps, 3))
-    corrector[0, 0] = 1
-    predictor[-1, 1] = 1
-    for i in range(steps - 1):  # from sigma_i to sigma_{i+1}; both updates share its terms
+    corrector = _no_corrector(len(lam))
+    for i in range(len(lam) - 1):  # the step from sigma_i to sigma_{i+1}
         h = lam[i + 1] - lam[i]
         scale = sigmas[i + 1] / sigmas[i]
         first = -(1 - sigmas[i + 1]) * np.expm1(-h)
         if i == 0:
-            predictor[i] = scale, first, 0
             corrector[i + 1] = 0, scale, first * 0.5, first * 0.5, 0
             continue
         r = (lam[i - 1] - lam[i]) / h
-        predictor[i] = scale, first * (1 - 0.5 / r), first * 0.5 / r
         f1 = np.expm1(-h) / -h - 1
         f2 = f1 / -h - 0.5
         b = np.array([f1, 2 * f2]) / np.expm1(-h)
@@ -94,7 +119,7 @@ def sample(
       velocity: velocity(x, time) -> array of x's shape; time is a float32 scalar.
       noise: the state at sigmas[0], float32.
       sigmas: concrete, falling, the last one 0 (`grids.sigma_grid`).
-      sampler: "unipc" or "euler".
+      sampler: "unipc", "euler" or "dpm++".
       trajectory: also return what the network saw and said.
       has_aux: `velocity` returns (velocity, anything); also return its anythings, stacked by step.
       times: what `velocity` receives as time, one a step; the sigmas if None.
@@ -110,7 +135,8 @@ def sample(
     sigmas = np.asarray(sigmas, np.float64)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    table = {"unipc": unipc_table, "euler": euler_table}[sampler](sigmas)
+    tables = {"unipc": unipc_table, "euler": euler_table, "dpm++": dpm_table}
+    table = tables[sampler](sigmas)
     times = sigmas[:-1] if times is None else times
 
     def step(carry, row):

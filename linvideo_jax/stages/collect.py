@@ -75,7 +75,12 @@ def run(config, workdir: Path) -> None:
     prompts = prompt_files.read(config.prompts)
     teacher = checkpoints.load(config.checkpoint)
     sampling = teacher.sampling | settings.sampling.to_dict()
-    sigmas = grids.sigma_grid(sampling["num_inference_steps"], sampling["flow_shift"])
+    sigmas = grids.sigma_grid(
+        sampling["num_inference_steps"],
+        sampling["flow_shift"],
+        sampling["time_grid"],
+        sampling["sampler"],
+    )
     text, lengths = _encoded_text(teacher, [*prompts, settings.negative_prompt], folder)
     loop.write_json(
         folder / "grid.json",

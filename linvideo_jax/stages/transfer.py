@@ -127,7 +127,7 @@ def draw(data: dict[str, jax.Array], settings, key: jax.Array) -> Batch:
 
 def network_time(t: Float[Array, " batch"], sampler: str) -> Float[Array, " batch"]:
     """What the network is told at t, as `grids.network_timesteps` tells it when sampling."""
-    return jnp.floor(1000.0 * t) if sampler == "unipc" else 1000.0 * t
+    return 1000.0 * t if sampler == "euler" else jnp.floor(1000.0 * t)
 
 
 def make_loss(settings, config: wan.WanConfig, teacher_config: wan.WanConfig, sampler: str, dtype):
