@@ -46,4 +46,18 @@ def get_config() -> ConfigDict:
     transfer.remat = True
     transfer.save_every = 1000
     transfer.log_every = 50
+
+    config.evaluate = evaluate = ConfigDict()
+    evaluate.prompts = "assets/prompts_digits_test.txt"  # combinations and images never trained on
+    evaluate.num_prompts = 256
+    evaluate.seeds = (0, 1, 2)
+    evaluate.height = 96
+    evaluate.width = 96
+    evaluate.num_frames = 25
+    evaluate.sampling = ConfigDict()  # of the checkpoint, where nothing is said
+    evaluate.batch_size = 64
+    evaluate.reads = "pixels"  # every video is decoded
+    evaluate.classifier = "assets/digits_classifier"
+    evaluate.num_shown = 8
+    evaluate.others = ConfigDict()
     return config
