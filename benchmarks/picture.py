@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from linvideo_jax import command_line, loop, video
 from linvideo_jax.errors import UserError
-from linvideo_jax.evaluation import STUDENT, TEACHER
+from linvideo_jax.evaluation import STUDENT, TEACHER, file_stem
 
 LIMIT = 2 * 2**20  # bytes
 _CELL, _GAP, _MARGIN = 168, 10, 16  # px
@@ -95,7 +95,7 @@ def program(argv: Sequence[str]) -> None:
 
 
 def _frames(folder: Path, name: str, count: int) -> UInt8[np.ndarray, "videos f h w 3"]:
-    path = folder / f"{name}-shown.safetensors"
+    path = folder / f"{file_stem(name)}-shown.safetensors"
     try:
         frames = load_file(path)["frames"]
     except (OSError, KeyError, SafetensorError) as error:

@@ -6,6 +6,7 @@ that was interrupted goes on, and nothing of another model or setting is taken f
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -52,6 +53,11 @@ class Contender(NamedTuple):
 def before_name(student: str) -> str:
     """Name of the contender that `student` was before any training."""
     return f"{student}_before"
+
+
+def file_stem(name: str) -> str:
+    """A contender's name as its files begin: letters, digits and underscores, else hyphens."""
+    return re.sub(r"\W+", "-", name).strip("-")
 
 
 def untrained(teacher: checkpoints.Checkpoint, linear_layers: Sequence[int]):
@@ -167,7 +173,7 @@ def sample(
     pipeline = Pipeline(contender.checkpoint)
     made_from = (generate.fingerprint(contender.checkpoint), asdict(settings), str(pipeline.dtype))
     mark = fingerprint(*made_from, list(prompts), seed, batch_size)
-    path = folder / f"{contender.name}-seed{seed}-latents.safetensors"
+    path = folder / f"{file_stem(contender.name)}-seed{seed}-latents.safetensors"
     arrays = stored(path, mark) or {
         "latents": np.zeros((len(prompts), *pipeline.latent_shape(settings)), np.float32),
         "done": np.zeros(len(prompts), bool),

@@ -120,7 +120,7 @@ def config(teacher, run_folder):
             "reads": "latents",
             "classifier": str(run_folder / "classifier"),
             "num_shown": 2,
-            "others": {"shipped": str(run_folder / "shipped")},
+            "others": {"made before, shipped": str(run_folder / "shipped")},
             "others_before": True,
         }
     )
@@ -143,12 +143,21 @@ def latents_run(config, run_folder, tmp_path_factory):
 def test_contenders_and_their_figures(latents_run):
     metrics = latents_run.metrics
     entries = metrics["contenders"]
-    assert list(entries) == ["teacher", "student", "student_before", "shipped", "shipped_before"]
+    assert list(entries) == [
+        "teacher",
+        "student",
+        "student_before",
+        "made before, shipped",
+        "made before, shipped_before",
+    ]
     layers = {name: entry["linear_layers"] for name, entry in entries.items()}
     assert layers == {
-        "teacher": [], "student_before": [0, 2], "student": [0, 2], "shipped_before": [1],
-        "shipped": [1],
-    }  # fmt: skip
+        "teacher": [],
+        "student": [0, 2],
+        "student_before": [0, 2],
+        "made before, shipped": [1],
+        "made before, shipped_before": [1],
+    }
     assert [name for name, entry in entries.items() if entry["trained_here"]] == ["student"]
     for name, entry in entries.items():
         assert entry["num_videos"] == 6 and set(entry["per_seed"]) == {"0", "1"}
@@ -158,7 +167,7 @@ def test_contenders_and_their_figures(latents_run):
         assert (entry["distance_latents"] == 0) == (name == "teacher")
         assert (entry["flops_saved"] == 0) == (name == "teacher")
     assert metrics["ceiling"]["all"] == 0.99
-    assert set(metrics["students"]) == {"student", "shipped"}
+    assert set(metrics["students"]) == {"student", "made before, shipped"}
     assert metrics["made"]["settings"]["num_inference_steps"] == 1
     assert metrics["made"]["settings"]["guidance_scale"] == 2.0
 
@@ -270,11 +279,16 @@ def test_untrained_student_is_the_teacher_where_no_layer_is_linear(teacher):
 
 
 def test_others_without_what_they_were_before(teacher, run_folder):
-    others = {"shipped": str(run_folder / "shipped")}
+    others = {"made before, shipped": str(run_folder / "shipped")}
     field = evaluation.contenders(
         checkpoints.load(teacher), run_folder / "workdir", others, others_before=False
     )
-    assert [one.name for one in field] == ["teacher", "student", "student_before", "shipped"]
+    assert [one.name for one in field] == [
+        "teacher",
+        "student",
+        "student_before",
+        "made before, shipped",
+    ]
 
 
 def test_reading_in_words():

@@ -21,7 +21,14 @@ from linvideo_jax import checkpoints, evaluation, loop, report, video
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.data.digits import Labels
 from linvideo_jax.errors import UserError
-from linvideo_jax.evaluation import TEACHER, Columns, Contender, Videos, before_name
+from linvideo_jax.evaluation import (
+    TEACHER,
+    Columns,
+    Contender,
+    Videos,
+    before_name,
+    file_stem,
+)
 from linvideo_jax.metrics import agreement, classifier, flops, frechet, quality
 from linvideo_jax.pipeline import Pipeline, Settings, text_bucket
 
@@ -41,7 +48,7 @@ def run(config, workdir: Path) -> None:
     settings = Settings.of(
         teacher, height=own.height, width=own.width, num_frames=own.num_frames, **own.sampling
     )
-    field = evaluation.contenders(teacher, workdir, own.others, own.others_before)
+    field = evaluation.contenders(teacher, workdir, own.others, own.get("others_before", True))
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
     videos, columns = {}, {}
@@ -52,7 +59,7 @@ def run(config, workdir: Path) -> None:
             made = evaluation.sample(one, prompts, seed, settings, own.batch_size, folder)
             videos[one.name, seed] = made
             columns[one.name, seed] = evaluation.remembered(
-                folder / f"{one.name}-seed{seed}-read-{own.reads}.safetensors",
+                folder / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
                 evaluation.fingerprint(
                     made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
                 ),
@@ -231,13 +238,13 @@ def show(
         made = videos[one.name, seed]
         make = functools.partial(decode, made.latents[:count])
         frames = evaluation.remembered(
-            folder / f"{one.name}-shown.safetensors",
+            folder / f"{file_stem(one.name)}-shown.safetensors",
             evaluation.fingerprint(made.fingerprint, count),
             lambda make=make: {"frames": make()},
         )["frames"]
         seen = evaluation.seen_labels(columns[one.name, seed])
         for i, entry in enumerate(shown):
-            path = folder / "videos" / f"{i:02d}-{one.name}.mp4"
+            path = folder / "videos" / f"{i:02d}-{file_stem(one.name)}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
             video.write_mp4(path, frames[i])
             read = evaluation.describe(said, seen, i)
