@@ -16,8 +16,9 @@ SHIPPED = Path(__file__).parents[1] / "assets" / "digits_classifier"
 collect_ignore = [] if SHIPPED.exists() else ["test_shipped.py"]
 
 
-def pytest_report_header() -> list[str]:
-    return [f"{SHIPPED} is not there: {name} is left out" for name in collect_ignore]
+def pytest_terminal_summary(terminalreporter) -> None:
+    for name in collect_ignore:
+        terminalreporter.write_line(f"left out: {name}, because assets/{SHIPPED.name} is not there")
 
 
 class TinyPipeline(NamedTuple):
