@@ -1,6 +1,7 @@
 """What every program shares: --help, wrong input as one sentence, and exit codes."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -66,6 +67,7 @@ def run(
     try:
         with _sigterm_as_interrupt():
             program(argv)
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,6 +75,9 @@ def run(
         where = f"{interrupt}; " if str(interrupt) else ""
         print(f"interrupted: {where}{how_to_go_on}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `... | head`: who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SystemExit as stop:
         return stop.code or 0
     return 0
