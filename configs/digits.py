@@ -60,4 +60,5 @@ def get_config() -> ConfigDict:
     evaluate.classifier = "assets/digits_classifier"
     evaluate.num_shown = 8
     evaluate.others = ConfigDict()
+    evaluate.others_before = True
     return config

@@ -18,6 +18,7 @@ from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanConfig, WanTransformer
 from linvideo_jax.stages import collect, transfer
+from linvideo_jax.transfer import training
 
 LAYERS, TARGET = 3, 2
 PROMPTS = ("a red 3 moves slowly straight up on a gray background", "a blue 7", "the white two")
@@ -186,11 +187,11 @@ def test_training_ends_with_the_target(trained):
 
 def test_updates_bring_a_linear_student_nearer_to_its_teacher(config, trained, teacher):
     loaded = checkpoints.load(teacher)
-    wan_config = transfer.student_config(loaded.wan_config)
+    wan_config = training.student_config(loaded.wan_config)
     settings = config.transfer
-    state = transfer.initial_state(settings, wan_config, loaded.transformer)
-    state = transfer.rounded(state, LAYERS)
-    update = transfer.make_update(settings, wan_config, loaded.wan_config, "unipc", jnp.float32)
+    state = training.initial_state(settings, wan_config, loaded.transformer)
+    state = training.rounded(state, LAYERS)
+    update = training.make_update(settings, wan_config, loaded.wan_config, "unipc", jnp.float32)
     data, anchors = transfer.on_device(collect.read(trained)), []
     for _ in range(40):  # one batch
         state, metrics = update(
@@ -223,9 +224,9 @@ def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, m
 
 def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
     loaded = checkpoints.load(teacher)
-    wan_config = transfer.student_config(loaded.wan_config)
-    state = transfer.initial_state(config.transfer, wan_config, loaded.transformer)
-    warmup = transfer.make_warmup(config.transfer, wan_config, "unipc", jnp.float32)
+    wan_config = training.student_config(loaded.wan_config)
+    state = training.initial_state(config.transfer, wan_config, loaded.transformer)
+    warmup = training.make_warmup(config.transfer, wan_config, "unipc", jnp.float32)
     data = transfer.on_device(collect.read(trained))
     errors = []
     for _ in range(40):  # one batch
@@ -241,7 +242,7 @@ def test_the_negative_branch_has_its_share(config, trained):
     stored = collect.read(trained)
     settings = config.transfer.copy_and_resolve_references()
     settings.batch_size = 400
-    batch = transfer.draw(transfer.on_device(stored), settings, jax.random.key(0))
+    batch = training.draw(transfer.on_device(stored), settings, jax.random.key(0))
     negative = np.asarray(batch.text_lengths) == stored.negative_length[0]
     assert 0.05 < negative.mean() < 0.16
     np.testing.assert_array_equal(batch.text[negative][0], stored.negative_text[0])
@@ -250,7 +251,7 @@ def test_the_negative_branch_has_its_share(config, trained):
 
 def test_rounding_keeps_the_smallest_scores(config):
     state = {"r": jnp.array([0.4, 0.45, 0.3]), "mode": jnp.full((3,), MIX)}
-    rounded = transfer.rounded(state, TARGET)
+    rounded = training.rounded(state, TARGET)
     assert rounded["mode"].tolist() == [LINEAR, SOFTMAX, LINEAR]
     assert rounded["r"].tolist() == [0.0, 1.0, 0.0]
 
