@@ -3,7 +3,9 @@
 python sample.py --checkpoint=runs/demo/final --prompts=prompts.txt --out=videos
 python sample.py --checkpoint=assets/wan_digits --prompt="a red 3 moves slowly up" --out=videos
 
-The video of the i-th prompt has seed `--seed` + i and depends on nothing else. Run the same command
+A prompt file is text with one prompt a line, or .jsonl with objects that have a prompt and perhaps
+a seed, height, width, guidance_scale, negative_prompt or another setting of their own. The videos
+have the seeds `--seed`, `--seed` + 1 and so on, and depend on nothing else. Run the same command
 again to finish an interrupted run: videos that are there are kept.
 """
 
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from linvideo_jax import checkpoints, command_line, folders, generate, pipeline
+from linvideo_jax import command_line, folders, generate, pipeline, requests, text, turns
 from linvideo_jax.errors import UserError
 
 
@@ -24,9 +26,11 @@ def define_flags() -> flags.FlagValues:
             "checkpoint": (None, "folder of the model"),
             "out": (None, "folder of the videos and of manifest.json"),
             "prompt": (None, "one prompt"),
-            "prompts": (None, "text file, one prompt a line"),
-            "negative_prompt": ("", "what guidance leads away from"),
-            "sampler": (None, "unipc or euler"),
+            "prompts": (None, "text file, one prompt a line, or .jsonl"),
+            "negative_prompt": (None, "what guidance leads away from"),
+            "sampler": (None, "unipc, euler or dpm++"),
+            "time_grid": (None, "diffusers, or original: that of Wan's own code"),
+            "text_cache": (None, f"folder of text embeddings; default {text.default_folder()}"),
         }
     )
     define = {"flag_values": values}
@@ -36,7 +40,10 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("width", None, "pixels", **define)
     flags.DEFINE_integer("num_frames", None, "4k + 1, at 16 a second", **define)
     flags.DEFINE_float("flow_shift", None, "more than 1: more of the steps near noise", **define)
-    flags.DEFINE_integer("seed", 0, "of the first prompt; each next one adds 1", **define)
+    flags.DEFINE_integer("seed", 0, "of the first video; each next one adds 1", **define)
+    flags.DEFINE_integer("num_samples", 1, "videos of each prompt", **define)
+    flags.DEFINE_bool("vbench_names", False, "name files PROMPT-INDEX.mp4", **define)
+    flags.DEFINE_bool("vae_tiling", False, "decode by tiles: less memory, not as exact", **define)
     flags.DEFINE_integer("batch_size", None, "videos at a time; default at most 4", **define)
     return values
 
@@ -48,21 +55,35 @@ def sample(argv: Sequence[str]) -> None:
     command_line.required(given, "checkpoint", "out")
     overrides = {name: given[name] for name in pipeline.Settings.__dataclass_fields__}
     pipeline.check_settings(**overrides)
-    prompts = generate.choose_prompts(values.prompt, values.prompts)
-    generate.check_seeds(values.seed, len(prompts))
-    batch_size = values.batch_size
-    if batch_size is None:
-        batch_size = generate.even_batch_size(len(prompts))
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: choose 1 or more.")
+    rows = requests.read_rows(values.prompt, values.prompts)
+    for name in ("num_samples", "batch_size"):
+        if given[name] is not None and given[name] < 1:
+            raise UserError(f"{name} is {given[name]}: choose 1 or more.")
+    requests.check_seeds(values.seed, len(rows) * values.num_samples)
     out = Path(values.out)
     folders.check_writable(out, "--out")
 
-    checkpoint = checkpoints.load(values.checkpoint)
+    checkpoint = turns.open_folder(values.checkpoint)
+    cache = Path(values.text_cache) if values.text_cache else text.default_folder()
+    model = pipeline.Pipeline(checkpoint, text_folder=cache)
     settings = pipeline.Settings.of(checkpoint, **overrides)
-    generate.warn_of_unknown_words(checkpoint.tokenizer, prompts)
-    model = pipeline.Pipeline(checkpoint)
-    files = generate.make_videos(model, prompts, values.seed, settings, batch_size, out)
+    videos = requests.make_requests(
+        rows,
+        settings,
+        values.seed,
+        num_samples=values.num_samples,
+        vbench_names=values.vbench_names,
+        check=model.latent_shape,
+    )
+    generate.warn_of_unknown_words(checkpoint.tokenizer, [row.prompt for row in rows])
+    files = generate.make_videos(
+        model,
+        videos,
+        settings,
+        out,
+        batch_size=values.batch_size or generate.default_batch_size(model, videos),
+        vae_tiling=values.vae_tiling,
+    )
     print(f"{len(files)} videos in {out}, listed in {out / generate.MANIFEST}")
 
 

@@ -2,62 +2,46 @@
 
 import hashlib
 import json
-import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert.tensors import read_json
-from linvideo_jax import video
-from linvideo_jax.data import prompts as prompt_files
+from linvideo_jax import turns, video
 from linvideo_jax.errors import UserError
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
+from linvideo_jax.requests import Request
 
 MANIFEST = "manifest.json"
-MAX_SEED = 2**32 - 1
+TOKENS_AT_ONCE = 32_768  # latent pixels; 81 frames of 480 x 832 have 131,040
 
 
-def choose_prompts(prompt: str | None, path: str | None) -> list[str]:
-    """The one prompt, or those of a file; UserError unless exactly one of the two is given."""
-    if (prompt is None) == (path is None):
-        raise UserError("give either --prompt with one sentence or --prompts with a file of them.")
-    if prompt is not None:
-        if not prompt.strip():
-            raise UserError("--prompt is empty: say what the video shows.")
-        return [prompt.strip()]
-    return prompt_files.read(path)
+def default_batch_size(pipeline: Pipeline, requests: Sequence[Request]) -> int:
+    """Of equal batches that leave the last one fullest: 5 small videos are made as 3 and 2.
+
+    At most 4 videos and TOKENS_AT_ONCE tokens at a time; a video with more is made alone.
+    """
+    counts = Counter(request.settings for request in requests)
+    shapes = [pipeline.latent_shape(settings) for settings in counts]
+    tokens = max(frames * height * width for frames, height, width, _ in shapes)
+    return even_batch_size(max(counts.values()), max(1, min(4, TOKENS_AT_ONCE // tokens)))
 
 
-def check_seeds(seed: int, count: int) -> None:
-    """UserError unless seed, seed + 1, ... of `count` videos are all valid."""
-    if not 0 <= seed <= MAX_SEED + 1 - count:
-        raise UserError(f"seed is {seed}: choose one from 0 to {MAX_SEED + 1 - count}.")
-
-
-def even_batch_size(count: int, at_most: int = 4) -> int:
-    """The size of equal batches that leaves the last one fullest: 5 videos are made as 3 and 2."""
-    batches = -(-count // at_most)
-    return -(-count // batches)
-
-
-def file_name(index: int, prompt: str) -> str:
-    """`0007-a-red-3-moves-right.mp4`: the prompt's place, and its words as far as they fit."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    return f"{index:04d}-{words}.mp4" if words else f"{index:04d}.mp4"
+def even_batch_size(count: int, at_most: int) -> int:
+    """The size of equal batches of `count`."""
+    return -(-count // -(-count // at_most))
 
 
 def fingerprint(checkpoint: Any) -> str:
     """A short hash that changes when the transformer is trained on or its linear layers change."""
-    digest = hashlib.sha256(repr(sorted(checkpoint.linear_layers)).encode())
-    for leaf in jax.tree.leaves(checkpoint.transformer["proj_out"]):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+    made_of = f"{sorted(checkpoint.linear_layers)} {turns.mark(checkpoint, 'transformer')}"
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
 def warn_of_unknown_words(tokenizer: Any, prompts: Sequence[str]) -> None:
@@ -76,27 +60,29 @@ def warn_of_unknown_words(tokenizer: Any, prompts: Sequence[str]) -> None:
 
 def plan(
     pipeline: Pipeline,
-    prompts: Sequence[str],
-    seed: int,
+    requests: Sequence[Request],
     settings: Settings,
-    batch_size: int,
     out: Path,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """The manifest of a run in `out`, with what an earlier run there has planned or made.
 
-    UserError if the folder holds videos that were made otherwise: they could not be told apart.
+    `settings`: the run's, of which a video's entry says where it differs; `options`: what else the
+    numbers depend on a little. UserError if the folder holds videos that were made otherwise: they
+    could not be told apart.
     """
     made = {
         "checkpoint": str(pipeline.checkpoint.path),
         "checkpoint_fingerprint": fingerprint(pipeline.checkpoint),
         "settings": asdict(settings),
         "dtype": str(pipeline.dtype),
-        "batch_size": batch_size,
+        **options,
     }
-    videos = {
-        file_name(i, prompt): {"prompt": prompt, "seed": seed + i}
-        for i, prompt in enumerate(prompts)
-    }
+    videos = {}
+    for request in requests:
+        own = asdict(request.settings).items() - asdict(settings).items()
+        entry = {"prompt": request.prompt, "seed": request.seed}
+        videos[request.name] = entry | ({"settings": dict(sorted(own))} if own else {})
     if (out / MANIFEST).exists():
         before = read_json(out / MANIFEST)
         changed = _differences(before, made) or _clashes(before, videos)
@@ -129,35 +115,44 @@ def _clashes(before: dict[str, Any], videos: dict[str, Any]) -> str:
 
 def make_videos(
     pipeline: Pipeline,
-    prompts: Sequence[str],
-    seed: int,
+    requests: Sequence[Request],
     settings: Settings,
-    batch_size: int,
     out: Path,
+    *,
+    batch_size: int,
+    vae_tiling: bool = False,
 ) -> list[Path]:
-    """One mp4 a prompt in `out`, and the manifest; the video of prompt i has seed `seed + i`.
+    """One mp4 a request in `out`, and the manifest, in which `settings` are those of the run.
 
     The manifest lists all videos before the first is made. A video's file appears when it is
-    complete, so one that exists is finished and is not made again.
+    complete, so one that exists is finished and is not made again. All prompts are encoded first;
+    then videos of the same settings share batches.
     """
-    pipeline.latent_shape(settings)  # a wrong size is found before anything is written
-    manifest = plan(pipeline, prompts, seed, settings, batch_size, out)
-    names = [file_name(i, prompt) for i, prompt in enumerate(prompts)]
+    for each in {request.settings for request in requests}:
+        pipeline.latent_shape(each)  # a wrong size is found before anything is written
+    options = {"batch_size": batch_size, "vae_tiling": vae_tiling}
+    manifest = plan(pipeline, requests, settings, out, options)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with video.replacing(out / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-        missing = [i for i, name in enumerate(names) if not (out / name).exists()]
-        done = len(names) - len(missing)
-        with Progress("sample", len(names), done, unit="video") as progress:
-            batches = pipeline.batches(
-                [prompts[i] for i in missing], [seed + i for i in missing], settings, batch_size
-            )
-            for rows, latents in batches:
-                for row, one in zip(rows, latents, strict=True):
-                    video.write_mp4(out / names[missing[row]], pipeline.decode(one[None])[0])
-                    done += 1
-                    progress.update(done)
+        missing = [request for request in requests if not (out / request.name).exists()]
+        groups: dict[Settings, list[Request]] = {}
+        for request in missing:
+            groups.setdefault(request.settings, []).append(request)
+        for each, group in groups.items():
+            guided = [each.negative_prompt] if each.guidance_scale > 1 else []
+            pipeline.encode([*guided, *(request.prompt for request in group)])
+        done = len(requests) - len(missing)
+        with Progress("sample", len(requests), done, unit="video") as progress:
+            for each, group in groups.items():
+                prompts, seeds = [r.prompt for r in group], [r.seed for r in group]
+                for rows, latents in pipeline.batches(prompts, seeds, each, batch_size):
+                    for row, one in zip(rows, np.asarray(latents), strict=True):
+                        clip = pipeline.decode(one[None], vae_tiling)[0]
+                        video.write_mp4(out / group[row].name, clip)
+                        done += 1
+                        progress.update(done)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
-    return [out / name for name in names]
+    return [out / request.name for request in requests]

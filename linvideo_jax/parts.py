@@ -4,7 +4,7 @@ A module stacks its layers under `blocks`, on axis 0. Flat, each layer has array
 `blocks.attn1.to_q.kernel` of 30 layers is `blocks.0.attn1.to_q.kernel` to `blocks.29...`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -85,8 +85,20 @@ def flatten(params: module.Params) -> Flat:
     return flat
 
 
-def unflatten(part: str, config: Any, flat: Flat, dtype: Any) -> module.Params:
-    """The inverse of `flatten`, as JAX arrays of `dtype`, or of the dtype they have for None."""
+def unflatten(
+    part: str,
+    config: Any,
+    flat: Flat,
+    dtype: Any,
+    products: Any = None,
+    create: Callable[[np.ndarray, Any], Any] = jax.numpy.asarray,
+) -> module.Params:
+    """The inverse of `flatten`, as JAX arrays of `dtype`, or of the dtype they have for None.
+
+    products: another dtype for the large arrays, which are those that the networks cast to their
+    compute dtype themselves: kernels in the layers, and embeddings. create(array, dtype): makes
+    the leaf.
+    """
 
     def build(tree: module.Params, path: tuple[str, ...]) -> module.Params:
         built = {}
@@ -97,7 +109,8 @@ def unflatten(part: str, config: Any, flat: Flat, dtype: Any) -> module.Params:
                 continue
             arrays = [flat[name] for name in _flat_names(here, leaf)]
             array = np.stack(arrays) if here[0] == STACKED else arrays[0]
-            built[key] = jax.numpy.asarray(array, dtype)
+            large = here[-1] == "embedding" or (here[0], here[-1]) == (STACKED, "kernel")
+            built[key] = create(array, products if large and products is not None else dtype)
         return built
 
     return build(_shapes(part, config), ())

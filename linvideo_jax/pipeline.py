@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,19 +14,19 @@ from jaxtyping import Array, Float, Int, UInt8
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.models.module import bind
-from linvideo_jax.models.umt5 import UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
-from linvideo_jax.models.wan import LINEAR, SOFTMAX, TEXT_TOKENS, WanConfig, WanTransformer
-
-# Text is padded to the next multiple of this many tokens: one compilation for each.
-TEXT_BUCKET = 32
+from linvideo_jax.models.vae_tiles import decode_tiles
+from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.text import TextEmbeddings, text_bucket
+from linvideo_jax.turns import Turns, mark
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a video is sampled; a UserError names the field that is out of range.
 
-    height, width in px; guidance_scale 1 is no guidance; flow_shift 1 is an even time grid.
+    height, width in px; guidance_scale 1 is no guidance; flow_shift 1 is an even time grid;
+    time_grid is that of diffusers or of Wan's original code.
     """
 
     height: int
@@ -36,6 +37,7 @@ class Settings:
     flow_shift: float
     sampler: str
     negative_prompt: str = ""
+    time_grid: str = "diffusers"
 
     def __post_init__(self):
         check_settings(**asdict(self))
@@ -61,11 +63,10 @@ def check_settings(**settings: Any) -> None:
         value = settings.get(name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}: choose a value from {low} to {high}.")
-    sampler = settings.get("sampler")
-    if sampler is not None and sampler not in solvers.SAMPLERS:
-        raise UserError(
-            f"the sampler {sampler!r} is unknown: choose one of {', '.join(solvers.SAMPLERS)}."
-        )
+    for name, known in (("sampler", solvers.SAMPLERS), ("time_grid", grids.GRIDS)):
+        value = settings.get(name)
+        if value is not None and value not in known:
+            raise UserError(f"the {name} {value!r} is unknown: choose one of {', '.join(known)}.")
 
 
 def latent_shape(
@@ -109,11 +110,6 @@ def noise(
     return draw(jnp.asarray(np.asarray(seeds, np.uint32)))
 
 
-def text_bucket(length: int) -> int:
-    """The padded length of a text: room for one pad token, unless all of Wan's 512 are taken."""
-    return min((length // TEXT_BUCKET + 1) * TEXT_BUCKET, TEXT_TOKENS)
-
-
 @partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype"))
 def denoise(
     params: dict[str, Any],
@@ -148,19 +144,15 @@ def denoise(
     return solvers.sample(velocity, noise, grid, sampler, times=times)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _encode_text(params, ids, lengths, config, dtype):
-    return bind(UMT5Encoder, config, params)(ids, lengths, dtype=dtype)
-
-
 class Pipeline:
-    """A checkpoint (`checkpoints.load`) ready to sample.
+    """A checkpoint ready to sample: all of it loaded, or from `turns.open_folder`.
 
-    `dtype` is that of the networks' matrix products, the VAE's excepted, which runs in float32 as
-    Wan's does; by default bfloat16 on an accelerator and float32 on a CPU.
+    Of the latter, one network at a time is on the device. `dtype` is that of the networks' matrix
+    products, the VAE's excepted, which runs in float32 as Wan's does; by default bfloat16 on an
+    accelerator and float32 on a CPU. `text_folder`: where text embeddings are kept for other runs.
     """
 
-    def __init__(self, checkpoint: Any, dtype: Any = None):
+    def __init__(self, checkpoint: Any, dtype: Any = None, text_folder: Path | None = None):
         self.checkpoint = checkpoint
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
@@ -168,18 +160,32 @@ class Pipeline:
         if checkpoint.linear_layers:
             self.mode = np.full(checkpoint.wan_config.num_layers, SOFTMAX, np.int32)
             self.mode[list(checkpoint.linear_layers)] = LINEAR
+        self._turns = Turns(checkpoint, self.dtype)
+        self.texts = TextEmbeddings(
+            checkpoint.tokenizer,
+            checkpoint.umt5_config,
+            self.dtype,
+            cache(partial(mark, checkpoint, "text_encoder")),
+            text_folder,
+        )
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """[frames, height, width, channels] of one video's latents; UserError for a wrong size."""
         size = (settings.height, settings.width, settings.num_frames)
         return latent_shape(self.checkpoint.wan_config, self.checkpoint.vae_config, *size)
 
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Makes sure that the embeddings of these prompts are at hand, for `batches`."""
+        self.texts.add(prompts, partial(self._turns.params, "text_encoder"))
+
     def encode_prompts(
         self, prompts: Sequence[str]
     ) -> tuple[Float[Array, "prompts tokens text_dim"], Int[np.ndarray, " prompts"]]:
-        """Text embeddings, padded to the bucket of the longest, zero from `lengths` on."""
-        ids, lengths = self.checkpoint.tokenizer.encode(list(prompts))
-        return self._encode(ids[:, : text_bucket(max(lengths))], lengths), lengths
+        """Text embeddings, float32, padded to the bucket of the longest, zero from `lengths` on."""
+        self.encode(prompts)
+        lengths = np.array([len(self.texts[prompt]) for prompt in prompts], np.int32)
+        text = self.texts.padded(prompts, text_bucket(max(lengths)))
+        return jnp.asarray(text, jnp.float32), lengths
 
     def batches(
         self,
@@ -195,34 +201,28 @@ class Pipeline:
         `batch_size`: so a video's numbers depend on its prompt, seed, settings and the batch size,
         never on its neighbours. `start` takes the place of the seeds' noise.
         """
-        checkpoint, shape = self.checkpoint, self.latent_shape(settings)
-        sigmas = grids.sigma_grid(settings.num_inference_steps, settings.flow_shift)
+        shape, negative = self.latent_shape(settings), settings.negative_prompt
+        sigmas = grids.sigma_grid(
+            settings.num_inference_steps, settings.flow_shift, settings.time_grid, settings.sampler
+        )
         guided = settings.guidance_scale > 1
-        texts = [*prompts, settings.negative_prompt] if guided else list(prompts)
-        ids, lengths = checkpoint.tokenizer.encode(texts)
-        ids, lengths = np.asarray(ids), np.asarray(lengths)
-        shortest = lengths[-1] if guided else 0
-        buckets = [text_bucket(max(n, shortest)) for n in lengths[: len(prompts)]]
+        self.encode([*prompts, negative] if guided else prompts)
+        shortest = len(self.texts[negative]) if guided else 0
+        buckets = [text_bucket(max(len(self.texts[prompt]), shortest)) for prompt in prompts]
         for bucket in sorted(set(buckets)):
             rows = [i for i, b in enumerate(buckets) if b == bucket]
-            if guided:
-                negative = self._encode(ids[-1:, :bucket], lengths[-1:])
-                negative = jnp.repeat(negative, batch_size, axis=0)
             for first in range(0, len(rows), batch_size):
                 real = rows[first : first + batch_size]
                 filled = np.array(real + real[-1:] * (batch_size - len(real)))
-                text, counts = self._encode(ids[filled, :bucket], lengths[filled]), lengths[filled]
-                if guided:
-                    text = jnp.concatenate([text, negative])
-                    counts = np.concatenate([counts, np.repeat(lengths[-1], batch_size)])
+                texts = [prompts[i] for i in filled] + [negative] * (batch_size * guided)
                 latents = denoise(
-                    checkpoint.transformer,
+                    self._turns.params("transformer"),
                     noise(np.asarray(seeds)[filled], shape) if start is None else start[filled],
-                    text,
-                    jnp.asarray(counts, jnp.int32),
+                    jnp.asarray(self.texts.padded(texts, bucket)),
+                    jnp.asarray([len(self.texts[text]) for text in texts], jnp.int32),
                     jnp.float32(settings.guidance_scale),
                     self.mode,
-                    config=checkpoint.wan_config,
+                    config=self.checkpoint.wan_config,
                     sampler=settings.sampler,
                     sigmas=tuple(sigmas.tolist()),
                     dtype=self.dtype,
@@ -244,15 +244,11 @@ class Pipeline:
         return np.stack([found[i] for i in range(len(prompts))])
 
     def decode(
-        self, latents: Float[Array, "videos frames height width channels"]
+        self, latents: Float[Array, "videos frames height width channels"], tiling: bool = False
     ) -> UInt8[np.ndarray, "videos frames height width 3"]:
-        """Pixels of the transformer's latents."""
+        """Pixels of the transformer's latents; `tiling`: by tiles, in less memory, not as exact."""
         config = self.checkpoint.vae_config
-        vae = bind(WanVAE, config, self.checkpoint.vae)
-        video = vae.decode_chunks(denormalize(jnp.asarray(latents), config))
+        vae = bind(WanVAE, config, self._turns.params("vae"))
+        latents = denormalize(jnp.asarray(latents), config)
+        video = decode_tiles(vae, latents) if tiling else vae.decode_chunks(latents)
         return np.asarray(jnp.round((video + 1) * 127.5).astype(jnp.uint8))
-
-    def _encode(self, ids, lengths) -> Float[Array, "prompts tokens text_dim"]:
-        ids, lengths = jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32)
-        config = self.checkpoint.umt5_config
-        return _encode_text(self.checkpoint.text_encoder, ids, lengths, config, self.dtype)

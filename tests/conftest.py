@@ -21,6 +21,15 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"left out: {name}, because assets/{SHIPPED.name} is not there")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory) -> Path:
+    """Where sample.py keeps text embeddings during the tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 class TinyPipeline(NamedTuple):
     """diffusers' pipeline object, and the folder that save_pretrained wrote."""
 

@@ -9,7 +9,8 @@ import pytest
 import sample
 from linvideo_jax import checkpoints, video
 from linvideo_jax.generate import even_batch_size
-from linvideo_jax.pipeline import Pipeline, Settings, noise, text_bucket
+from linvideo_jax.pipeline import Pipeline, Settings, noise
+from linvideo_jax.text import text_bucket
 
 PROMPTS = (
     "a red 3 moves right",
@@ -84,6 +85,7 @@ def test_videos_and_manifest(run, tmp_path, tiny_pipeline):
         "flow_shift": 3.0,
         "sampler": "unipc",
         "negative_prompt": "",
+        "time_grid": "diffusers",
     }
     assert manifest["videos"] == {
         name: {"prompt": prompt, "seed": 7 + i}
@@ -181,7 +183,9 @@ def test_help_lists_the_flags(run):
         ("--width=30", "width is 30, but it must be divisible by 16: choose 32."),
         ("--num_frames=24", "num_frames is 24, but it must be 4k + 1: choose 21 or 25."),
         ("--num_frames=0", "num_frames is 0: choose a value from 1 to 8193."),
-        ("--sampler=ddim", "the sampler 'ddim' is unknown: choose one of unipc, euler."),
+        ("--sampler=ddim", "the sampler 'ddim' is unknown: choose one of unipc, euler, dpm++."),
+        ("--time_grid=even", "the time_grid 'even' is unknown: choose one of diffusers, original."),
+        ("--num_samples=0", "num_samples is 0: choose 1 or more."),
         ("--guidance_scale=0.5", "guidance_scale is 0.5: choose a value from 1 to 30."),
         ("--guidance_scale=nan", "guidance_scale is nan: choose a value from 1 to 30."),
         ("--num_inference_steps=0", "num_inference_steps is 0: choose a value from 1 to 1000."),
@@ -268,7 +272,7 @@ def test_prompts_of_any_length_share_a_run_without_touching_each_other(pipeline)
 
 
 def test_default_batches_are_even():
-    assert [even_batch_size(n) for n in (1, 3, 4, 5, 9, 50)] == [1, 3, 4, 3, 3, 4]
+    assert [even_batch_size(n, 4) for n in (1, 3, 4, 5, 9, 50)] == [1, 3, 4, 3, 3, 4]
 
 
 def test_every_text_has_room_for_a_pad_token():

@@ -5,10 +5,10 @@ from pathlib import Path
 from linvideo_jax.errors import UserError
 
 
-def read(path: str | Path) -> list[str]:
-    """The lines of a prompt file that are not blank; UserError without any."""
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, stripped, with their numbers from 1; UserError without any."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"the prompt file {path} is not UTF-8 text: convert it.") from None
     except OSError as error:
@@ -16,7 +16,12 @@ def read(path: str | Path) -> list[str]:
             f"the prompt file {path} cannot be read ({error.strerror}): name a text file with one "
             "prompt a line."
         ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise UserError(f"the prompt file {path} is empty: write one prompt a line into it.")
-    return prompts
+    return numbered
+
+
+def read(path: str | Path) -> list[str]:
+    """The lines of a prompt file that are not blank; UserError without any."""
+    return [line for _, line in read_lines(path)]

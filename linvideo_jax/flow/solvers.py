@@ -42,9 +42,7 @@ def _no_corrector(steps: int) -> Float[np.ndarray, "steps 5"]:
 def euler_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
     """x_{i+1} = x_i + (s_{i+1} - s_i) u_i, written with m_i = x_i - s_i u_i."""
     ratio = sigmas[1:] / sigmas[:-1]
-    return SolverTable(
-        _no_corrector(len(ratio)), np.stack([ratio, 1 - ratio, 0 * ratio], axis=1)
-    )
+    return SolverTable(_no_corrector(len(ratio)), np.stack([ratio, 1 - ratio, 0 * ratio], axis=1))
 
 
 def _half_log_snr(sigmas: Float[np.ndarray, " steps+1"]) -> Float[np.ndarray, " steps"]:

@@ -1,0 +1,59 @@
+"""The VAE's decoder by tiles: less memory for large pictures, blended where tiles overlap."""
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from linvideo_jax.models.vae import Video, WanVAE
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles start, evenly, so that they cover `length` and overlap by `overlap` or more."""
+    if length <= tile:
+        return [0]
+    count = -(-(length - overlap) // (tile - overlap))
+    return np.linspace(0, length - tile, count).round().astype(int).tolist()
+
+
+def decode_tiles(
+    vae: WanVAE,
+    latents: Float[Array, "batch frames height width z_dim"],
+    tile: int = 40,
+    overlap: int = 12,
+) -> Video:
+    """`WanVAE.decode_chunks` of square tiles, one after the other, blended linearly.
+
+    tile, overlap: latent pixels (8 pixels each). Near a tile's edge the decoder lacks neighbours
+    that it would see in the whole picture: the outer third of the overlap is not used, and the
+    blend is in the middle third. What remains of the difference is the attention of the decoder's
+    middle, which sees one tile only. The result is in the host's memory, float32 in [-1, 1].
+    ValueError unless 0 < overlap < tile.
+    """
+    if not 0 < overlap < tile:
+        raise ValueError(f"need 0 < overlap < tile, got {overlap} and {tile}")
+    scale = vae.config.scale_factor_spatial
+    height, width = (size * scale for size in latents.shape[2:4])
+    total, weights = None, np.zeros((height, width, 1), np.float32)
+    for top in tile_starts(latents.shape[2], tile, overlap):
+        for left in tile_starts(latents.shape[3], tile, overlap):
+            piece = latents[:, :, top : top + tile, left : left + tile]
+            video = np.asarray(vae.decode_chunks(piece))
+            rows = slice(top * scale, top * scale + video.shape[2])
+            columns = slice(left * scale, left * scale + video.shape[3])
+            weight = np.outer(
+                _ramp(rows, height, overlap * scale), _ramp(columns, width, overlap * scale)
+            )[..., None]
+            if total is None:
+                total = np.zeros((*video.shape[:2], height, width, 3), np.float32)
+            total[:, :, rows, columns] += weight * video
+            weights[rows, columns] += weight
+    return total / weights
+
+
+def _ramp(span: slice, whole: int, overlap: int) -> np.ndarray:
+    """Weights of a tile's pixels along one axis: 0, then rising, at edges inside the picture."""
+    inside = np.arange(span.start, span.stop) + 0.5
+    margin = overlap / 3
+    from_start = inside - span.start if span.start > 0 else np.inf
+    to_stop = span.stop - inside if span.stop < whole else np.inf
+    distance = np.minimum(from_start, to_stop) * np.ones(len(inside))
+    return np.clip((distance - margin) / margin, 0, 1).astype(np.float32)

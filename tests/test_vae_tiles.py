@@ -1,0 +1,62 @@
+"""Decoding by tiles against decoding whole."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from linvideo_jax.models.module import bind, init
+from linvideo_jax.models.vae import VAEConfig, WanVAE
+from linvideo_jax.models.vae_tiles import decode_tiles, tile_starts
+
+TINY = VAEConfig(
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 2),
+    num_res_blocks=1,
+    temperal_downsample=(True,),
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return bind(WanVAE, TINY, init(WanVAE, TINY))
+
+
+def latents(height, width):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(1, 2, height, width, 4)).astype(np.float32)
+
+
+def test_tiles_cover_and_overlap():
+    for length in range(1, 60):
+        starts = tile_starts(length, 12, 4)
+        assert starts[0] == 0 and max(starts) + 12 >= length
+        assert all(b - a <= 8 for a, b in itertools.pairwise(starts))
+        if length > 12:
+            assert starts[-1] + 12 == length
+
+
+def test_one_tile_is_the_whole(vae):
+    x = latents(5, 7)
+    np.testing.assert_array_equal(decode_tiles(vae, x, 7, 3), vae.decode_chunks(x))
+
+
+def test_tiles_blend_into_the_whole():
+    """Without the attention across the picture what differs is far from any tile's edge: little."""
+    params = init(WanVAE, TINY)
+    attention = params["decoder"]["mid_block"]["attentions"][0]
+    attention["proj"] = {name: 0 * value for name, value in attention["proj"].items()}
+    vae, x = bind(WanVAE, TINY, params), latents(13, 29)
+    whole = np.asarray(vae.decode_chunks(x))
+    tiled = decode_tiles(vae, x, 17, 12)
+    assert tiled.shape == whole.shape and tiled.dtype == np.float32
+    difference = np.abs(tiled - whole)
+    assert difference.max() < 0.1 and difference.mean() < 0.005 < 0.1 * whole.std()
+
+
+def test_wrong_overlap(vae):
+    with pytest.raises(ValueError, match="overlap < tile"):
+        decode_tiles(vae, latents(5, 7), 4, 4)
