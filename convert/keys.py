@@ -87,7 +87,8 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _pattern(template: str) -> re.Pattern:
+def compile_template(template: str) -> re.Pattern:
+    """What matches a template, with its placeholders as named groups."""
     pieces = re.split(r"\{(\w+)(\*?)\}", template)
     pattern = re.escape(pieces[0])
     for name, several, literal in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
@@ -96,7 +97,10 @@ def _pattern(template: str) -> re.Pattern:
 
 
 _RULES = {
-    part: [(_pattern(ours), torch.replace("*}", "}"), transform) for torch, ours, transform in rows]
+    part: [
+        (compile_template(ours), torch.replace("*}", "}"), transform)
+        for torch, ours, transform in rows
+    ]
     for part, rows in TABLES.items()
 }
 

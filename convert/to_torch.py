@@ -1,11 +1,13 @@
-"""Converts a checkpoint of ours into what PyTorch's diffusers loads; PyTorch is not needed.
+"""Converts a checkpoint of ours into what PyTorch's programs load.
 
 python convert/to_torch.py --checkpoint=runs/pretrain/final --out=exported --layout=diffusers
+python convert/to_torch.py --checkpoint=runs/wan --out=exported --layout=original
 python convert/to_torch.py --checkpoint=runs/digits/final --out=student --layout=linvideo \\
     --base=exported
 
-diffusers: the whole pipeline for WanPipeline.from_pretrained. linvideo: the transformer alone, with
-the feature maps of its linear layers; the other parts stay in the folder --base.
+diffusers: the whole pipeline for WanPipeline.from_pretrained. original: what the original Wan2.1
+repository loads; it needs PyTorch, the others do not. linvideo: the transformer alone, with the
+feature maps of its linear layers; the other parts stay in the folder --base.
 """
 
 import sys
@@ -15,16 +17,16 @@ from pathlib import Path
 if not __package__:  # run by its path: the packages are in the folder above, not in this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from convert import exporter
-from linvideo_jax import checkpoints, command_line
+from convert import exporter, exporter_original
+from linvideo_jax import checkpoints, command_line, folders
 from linvideo_jax.errors import UserError
 from linvideo_jax.parts import DTYPES, PARTS, cast
 
-LAYOUTS = ("diffusers", "linvideo")
+LAYOUTS = ("diffusers", "original", "linvideo")
 FLAGS = {
     "checkpoint": (None, "folder to read"),
     "out": (None, "folder to write: a new or an empty one"),
-    "layout": ("diffusers", " or ".join(LAYOUTS)),
+    "layout": ("diffusers", f"one of {', '.join(LAYOUTS)}"),
     "dtype": (None, f"{', '.join(DTYPES)}; as stored if not given"),
     "base": (None, "with --layout=linvideo: folder in diffusers' layout with the other parts"),
 }
@@ -41,16 +43,22 @@ def convert(argv: Sequence[str]) -> None:
     elif given["base"]:
         raise UserError("--base goes with --layout=linvideo only; leave it out.")
 
-    parts = tuple(PARTS) if layout == "diffusers" else ("transformer",)
+    parts = ("transformer",) if layout == "linvideo" else tuple(PARTS)
     config, flat, tokenizer, scheduler = checkpoints.read_flat(given["checkpoint"], parts)
+    manifest = checkpoints.read_manifest(given["checkpoint"])
     flat = {part: cast(arrays, dtype) for part, arrays in flat.items()}
     out = Path(given["out"])
+    if layout != "linvideo" and tokenizer is None:
+        raise UserError(f"{given['checkpoint']} has no tokenizer, which the layout needs.")
+    size = sum(array.nbytes for arrays in flat.values() for array in arrays.values())
+    folders.check_space(out, size)
     if layout == "diffusers":
-        if tokenizer is None:
-            raise UserError(f"{given['checkpoint']} has no tokenizer: diffusers' layout needs one.")
-        exporter.write_diffusers(out, config, flat, tokenizer, scheduler)
+        exporter.write_diffusers(out, config, manifest, flat, tokenizer, scheduler)
+    elif layout == "original":
+        exporter_original.write_original(out, config, manifest, flat, tokenizer)
     else:
-        exporter.write_transformer(out, config, flat["transformer"], Path(given["base"]))
+        base = Path(given["base"])
+        exporter.write_transformer(out, config, manifest, flat["transformer"], base)
     print(f"Written to {out}.")
 
 

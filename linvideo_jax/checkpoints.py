@@ -8,6 +8,7 @@ config.json holds the sizes of each part under diffusers' key names, `linear_lay
 0), `feature_map` and the sampling defaults; nothing else stores them.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import orbax.checkpoint as ocp
-
 import linvideo_jax
-from convert import importer
-from convert.importer import SAMPLING
+from convert import importer, sources
+from convert.sources import SAMPLING
 from convert.tensors import read_json
-from linvideo_jax import folders
+from linvideo_jax import folders, orbax_files
 from linvideo_jax.errors import UserError
 from linvideo_jax.models import registry
 from linvideo_jax.models.module import Params
@@ -40,6 +38,7 @@ from linvideo_jax.parts import (
     flatten,
     unflatten,
 )
+from linvideo_jax.progress import Progress
 
 MANIFEST = "manifest.json"
 
@@ -165,16 +164,27 @@ def save_flat(
     scheduler: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     source: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> None:
-    """`save` of parameters under flat names, by part."""
+    """`save` of parameters under flat names, by part; lazy ones are read one at a time.
+
+    provenance: more for the manifest; progress: whether to show it.
+    """
     config = dict(config)
     if problem := _config_problem(config):
         raise ValueError(f"config cannot be used: {problem}.")
     stored = {part: _stored(part, config, arrays, dtype) for part, arrays in flat.items()}
+    total = sum(array.nbytes for arrays in stored.values() for array in arrays.values())
+    folders.check_space(Path(folder), total)
     with folders.replaced(Path(folder), marker=MANIFEST) as new:
         for part, arrays in stored.items():
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(new / part, _nested(arrays))
+            with contextlib.ExitStack() as stack:
+                bar = None
+                if progress:
+                    size = sum(array.nbytes for array in arrays.values())
+                    bar = stack.enter_context(Progress(part, size, unit="B"))
+                orbax_files.write(new / part, arrays, bar.add if bar else lambda size: None)
         if tokenizer is not None:
             shutil.copytree(tokenizer, new / "tokenizer")
         scheduler = dict(scheduler or default_scheduler(config["flow_shift"]))
@@ -183,6 +193,8 @@ def save_flat(
         manifest = {
             "linvideo_jax": linvideo_jax.__version__,
             "source": source,
+            **(provenance or {}),
+            "sizes": {part: config[part] for part in stored},
             "parts": {part: _summary(arrays) for part, arrays in stored.items()},
         }
         _write_json(new / MANIFEST, manifest)
@@ -239,17 +251,23 @@ def read_flat(
     folders.recover(path)
     if (path / MANIFEST).exists():
         return _read_own(path, parts)
-    if importer.kind_of(path) is None:
+    if sources.kind_of(path) is None:
         what = "is no checkpoint" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}: give a folder that this program wrote (with {MANIFEST}), one in "
             "diffusers' layout (model_index.json), or a transformer-only one (config.json, base)."
         )
-    source = importer.find(path, parts)
+    source = sources.find(path, parts)
     return source_config(source), importer.read(source, parts), source.tokenizer, source.scheduler
 
 
-def source_config(source: importer.Source) -> dict[str, Any]:
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    """What is recorded of how a checkpoint was made; empty for folders of PyTorch's world."""
+    path = Path(folder) / MANIFEST
+    return read_json(path) if path.exists() else {}
+
+
+def source_config(source: sources.Source) -> dict[str, Any]:
     """The config.json of a folder from PyTorch's world."""
     layers = source.config["linear_layers"]
     return make_config(**source.models, linear_layers=layers, sampling=source.config)
@@ -264,13 +282,11 @@ def _read_own(path: Path, parts: Sequence[str]):
         if part not in config or not (path / part).is_dir():
             raise UserError(f"{path} has no {part}: convert or save it with that part.")
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                flat[part] = flatten_disk(checkpointer.restore((path / part).absolute()))
+            names = orbax_files.names(path / part)
+            flat[part] = orbax_files.read(path / part, sorted(names))
         except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(f"{path / part} is damaged or not complete ({first}).") from error
-        problem = _misfit(_wanted(part, config), flat[part])
-        if problem:
+            raise orbax_files.damaged(path / part, error) from error
+        if problem := _misfit(_wanted(part, config), flat[part]):
             raise UserError(f"{path / part} does not fit config.json: {problem}.")
     tokenizer = path / "tokenizer"
     scheduler = read_json(path / "scheduler_config.json")
@@ -282,7 +298,7 @@ def _config_problem(config: Mapping[str, Any]) -> str:
     if lacking:
         return f"it lacks {', '.join(lacking)}"
     sizes = config.get("transformer")
-    return importer.selection_problem(config, sizes and WanConfig.from_dict(sizes).num_layers)
+    return sources.selection_problem(config, sizes and WanConfig.from_dict(sizes).num_layers)
 
 
 def _wanted(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -317,26 +333,6 @@ def _stored(part: str, config: Mapping[str, Any], flat: Flat, dtype: str | None)
 def _summary(flat: Flat) -> dict[str, Any]:
     dtypes = sorted({str(array.dtype) for array in flat.values()})
     return {"parameters": sum(array.size for array in flat.values()), "dtypes": dtypes}
-
-
-def _nested(flat: Flat) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, array in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = np.ascontiguousarray(array)
-    return tree
-
-
-def flatten_disk(tree: Mapping[str, Any], prefix: str = "") -> Flat:
-    """Arrays by flat name of a tree as it is on disk, where layers are not stacked."""
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten_disk(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,6 +18,19 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"the folder {folder} cannot be written: choose another {flag}.")
 
 
+def check_space(folder: Path, size: int) -> None:
+    """UserError if the disk of `folder`, which need not be there yet, has fewer bytes free."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"{folder} needs {size / 1e9:,.1f} GB, but its disk has {free / 1e9:,.1f} GB free: "
+            "make room, or choose another folder."
+        )
+
+
 def _beside(folder: Path, suffix: str) -> Path:
     return folder.parent / f".{folder.name}.{suffix}"
 

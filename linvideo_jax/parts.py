@@ -13,7 +13,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from linvideo_jax import lazy
 from linvideo_jax.errors import UserError
+from linvideo_jax.lazy import LazyArray
 from linvideo_jax.models import module
 from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
@@ -43,7 +45,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 
-Flat = dict[str, np.ndarray]
+Flat = dict[str, np.ndarray | LazyArray]
 
 
 @cache
@@ -108,7 +110,7 @@ def unflatten(
                 built[key] = build(leaf, here)
                 continue
             arrays = [flat[name] for name in _flat_names(here, leaf)]
-            array = np.stack(arrays) if here[0] == STACKED else arrays[0]
+            array = _stack(arrays) if here[0] == STACKED else np.asarray(arrays[0])
             large = here[-1] == "embedding" or (here[0], here[-1]) == (STACKED, "kernel")
             built[key] = create(array, products if large and products is not None else dtype)
         return built
@@ -116,14 +118,29 @@ def unflatten(
     return build(_shapes(part, config), ())
 
 
+def _stack(arrays: list[np.ndarray | LazyArray]) -> np.ndarray:
+    dtypes = {array.dtype for array in arrays}
+    stacked = np.empty((len(arrays), *arrays[0].shape), np.result_type(*dtypes))
+    for row, array in zip(stacked, arrays, strict=True):  # one lazy array at a time
+        row[...] = np.asarray(array)
+    return stacked
+
+
 def cast(flat: Flat, dtype: str | None) -> Flat:
-    """The arrays in a dtype of DTYPES, None as they are; UserError for a value beyond the dtype."""
+    """The arrays in a dtype of DTYPES, None as they are; UserError for a value beyond the dtype.
+
+    The error is raised when the array is read, if it is a lazy one.
+    """
     if dtype is None:
         return flat
-    result = {}
-    for name, array in flat.items():
-        with np.errstate(over="ignore"):
-            result[name] = array.astype(DTYPES[dtype])
-        if (np.isinf(result[name]) & ~np.isinf(array)).any():
-            raise UserError(f"{name} has values beyond {dtype}; choose float32 or bfloat16.")
-    return result
+    return {name: _cast(name, array, dtype) for name, array in flat.items()}
+
+
+def _cast(name: str, array: np.ndarray | LazyArray, dtype: str) -> np.ndarray | LazyArray:
+    if isinstance(array, LazyArray):
+        return LazyArray(array.shape, DTYPES[dtype], lambda: _cast(name, array.read(), dtype))
+    try:
+        return lazy.cast(array, DTYPES[dtype])
+    except OverflowError:
+        message = f"{name} has values beyond {dtype}; choose float32 or bfloat16."
+        raise UserError(message) from None

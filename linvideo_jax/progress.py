@@ -20,7 +20,7 @@ class Progress:
       name: what is being done.
       total: the count at the end.
       done: the count at the start, of a resumed job; the rate is that of this run.
-      unit: what is counted.
+      unit: what is counted; "B" is shown in kB, MB and so on.
     """
 
     def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
@@ -29,7 +29,8 @@ class Progress:
             desc=name,
             total=total,
             initial=done,
-            unit=f" {unit}",
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=unit == "B",
             file=sys.stderr,
             mininterval=0.2 if terminal else 15,
             dynamic_ncols=terminal,
@@ -46,3 +47,7 @@ class Progress:
         """Sets the count (not an increment) and a remark behind it."""
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
+
+    def add(self, count: int) -> None:
+        """Adds to the count."""
+        self._bar.update(count)

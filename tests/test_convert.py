@@ -209,8 +209,10 @@ def test_student_goes_out_alone_and_comes_back(tiny_pipeline, student, tmp_path)
     out = tmp_path / "alone"
     assert run(to_torch, checkpoint=student, out=out, layout="linvideo", base=base) == 0
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
         "config.json",
         "linvideo.safetensors",
+        "linvideo_processor.py",
         "transformer",
     ]
     config = json.loads((out / "config.json").read_text())
@@ -272,7 +274,7 @@ def edit_tensors(path, change):
 def many_wrong_keys(source):
     def transformer(arrays):
         for layer in (0, 1):
-            arrays[f"blocks.{layer}.attn2.add_k_proj.weight"] = np.zeros((2, 2), np.float32)
+            arrays[f"blocks.{layer}.attn2.gate.weight"] = np.zeros((2, 2), np.float32)
             del arrays[f"blocks.{layer}.attn1.to_q.bias"]
         arrays["proj_out.bias"] = np.zeros(5, np.float32)
 
@@ -316,6 +318,12 @@ def no_index(source):
     (source / "model_index.json").unlink()
 
 
+def nothing_known(source):
+    shutil.rmtree(source)
+    source.mkdir()
+    (source / "README.md").write_text("")
+
+
 def broken_json(source):
     (source / "vae" / "config.json").write_text("{")
 
@@ -334,11 +342,11 @@ WRONG = {
         many_wrong_keys,
         [
             "does not fit its configuration; nothing was written",
-            "unknown: blocks.{0-1}.attn2.add_k_proj.weight",
+            "unknown: blocks.{0-1}.attn2.gate.weight",
             "missing: blocks.{0-1}.attn1.to_q.bias",
             "wrong shape [5] instead of [16]: proj_out.bias",
             "missing: quant_conv.bias",
-            "dtype I32, not one of F32, F16, BF16: post_quant_conv.bias",
+            "dtype I32, not one of F32, F16, BF16, F8_E4M3: post_quant_conv.bias",
         ],
     ),
     "truncated": (shorten, ["diffusion_pytorch_model.safetensors is truncated or no safetensors"]),
@@ -346,16 +354,16 @@ WRONG = {
     "absent weights": (absent_weights, ["model.safetensors is missing (and so is its index"]),
     "absent shard": (index_of({"a": "b.safetensors"}), ["names files that are missing: b.safe"]),
     "no weight_map": (index_of(None), ["has no weight_map of keys to files"]),
-    "key in two shards": (key_in_two_shards, ["in two files: shared.weight"]),
-    "no diffusers folder": (no_index, ["has neither model_index.json nor a `base`"]),
+    "key in two shards": (key_in_two_shards, ["given twice: shared.weight"]),
+    "nothing known": (nothing_known, ["has neither model_index.json nor a `base`"]),
     "broken json": (broken_json, ["vae/config.json cannot be read as JSON"]),
     "image to video": (
         changes("model_index.json", _class_name="WanImageToVideoPipeline"),
-        ["is of WanImageToVideoPipeline: only Wan2.1 text-to-video"],
+        ["model_index.json is an image-to-video model (I2V): only Wan2.1's text-to-video"],
     ),
     "two transformers": (
         changes("model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"]),
-        ["is of a Wan2.2 pipeline of two transformers"],
+        ["model_index.json is Wan2.2's A14B, two transformers in turn: only"],
     ),
     "other class": (
         changes("vae/config.json", _class_name="AutoencoderKL"),
@@ -400,7 +408,7 @@ def test_wrong_flags(tiny_pipeline, ours, tmp_path, capsys):
     back = {"checkpoint": ours, "out": out}
     cases = [
         (from_torch, {"out": out}, "--source is missing"),
-        (from_torch, {"source": tmp_path / "no", "out": out}, "is not there: name a folder in"),
+        (from_torch, {"source": tmp_path / "no", "out": out}, "is not there: name a folder, a file"),
         (from_torch, {"source": good, "out": out, "dtype": "int8"}, "--dtype=int8 is unknown"),
         (from_torch, {"source": good, "out": out, "parts": "vae,clip"}, "--parts=clip is unknown"),
         (from_torch, {"source": good, "out": out, "speed": "high"}, "Unknown command line flag"),
