@@ -1,5 +1,6 @@
 """Text embeddings: every prompt is encoded once, and kept on disk for later runs."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -127,10 +128,11 @@ def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | N
 
 def _write(path: Path, embedding: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, embedding)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, embedding)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -140,6 +140,53 @@ def test_more_prompts_join_the_folder_and_other_settings_do_not(run, tmp_path):
     assert after[name] == before[name]
 
 
+def test_rows_of_a_jsonl_file_in_any_order(run, tmp_path):
+    """Sizes, seeds and guidance of their own; two samples each, under VBench's names."""
+    rows = [
+        {"prompt": "a red 3 moves right", "seed": 5},
+        {"prompt": "a blue 7 / moves up", "height": 48, "width": 32, "negative_prompt": "black"},
+        {"prompt": "the yellow nine", "guidance_scale": 1},
+    ]
+    folder = tmp_path / "videos"
+
+    def made(rows):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        shutil.rmtree(folder, ignore_errors=True)
+        code, _, err = run("--num_samples=2", "--vbench_names", prompts="rows.jsonl")
+        assert code == 0 and "6/6" in err
+        return clips(folder)
+
+    first = made(rows)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["videos"]["a red 3 moves right-1.mp4"] == {
+        "prompt": "a red 3 moves right",
+        "seed": 6,
+    }
+    slashed = next(name for name in first if name.startswith("a blue 7 _ moves up-"))
+    assert manifest["videos"][slashed]["settings"] == {
+        "height": 48,
+        "negative_prompt": "black",
+        "width": 32,
+    }
+    assert first[slashed].shape == (5, 48, 32, 3)
+    assert first["the yellow nine-0.mp4"].shape == (5, 32, 48, 3)
+    assert len({clip.tobytes() for clip in first.values()}) == 6
+
+    seeds = [entry["seed"] for entry in manifest["videos"].values()][::2]
+    turned = [{**row, "seed": seed} for row, seed in zip(rows, seeds, strict=True)][::-1]
+    second = made(turned)
+    assert second.keys() == first.keys()
+    for name, clip in first.items():
+        assert np.abs(second[name].astype(int) - clip).mean() < 1
+
+
+def test_tiles_and_wans_own_grid(run, tmp_path):
+    flags = ("--sampler=dpm++", "--time_grid=original", "--vae_tiling", "--prompt=a red 3")
+    assert run(*flags, prompts=None)[0] == 0
+    manifest = json.loads((tmp_path / "videos" / "manifest.json").read_text())
+    assert manifest["settings"]["time_grid"] == "original" and manifest["vae_tiling"] is True
+
+
 def test_another_checkpoint_does_not_join_the_folder(run, tmp_path, pipeline):
     assert run("--prompt=a red 3", prompts=None)[0] == 0
     checkpoint = pipeline.checkpoint
@@ -206,6 +253,8 @@ def test_bad_flags(refused, flag, message):
 def test_bad_prompt_files(refused, tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a red 3"}\n{"prompt": "a", "width": 40}\n')
+    assert "row 2 of" in refused(prompts="rows.jsonl")
     assert "none.txt cannot be read (No such file" in refused(prompts="none.txt")
     assert "cannot be read (Is a directory)" in refused(prompts=".")
     assert "empty.txt is empty: write one prompt a line" in refused(prompts="empty.txt")
