@@ -41,11 +41,11 @@ TEXT_ENCODER: Names = (
     ("token_embedding.weight", "shared.weight"),
     ("blocks.{i}.norm1.weight", "encoder.block.{i}.layer.0.layer_norm.weight"),
     ("blocks.{i}.norm2.weight", "encoder.block.{i}.layer.1.layer_norm.weight"),
-    ("blocks.{i}.attn.{x}.weight", "encoder.block.{i}.layer.0.SelfAttention.{x}.weight"),
     (
         "blocks.{i}.pos_embedding.embedding.weight",
         "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight",
     ),
+    ("blocks.{i}.attn.{x}.weight", "encoder.block.{i}.layer.0.SelfAttention.{x}.weight"),
     ("blocks.{i}.ffn.gate.0.weight", "encoder.block.{i}.layer.1.DenseReluDense.wi_0.weight"),
     ("blocks.{i}.ffn.fc1.weight", "encoder.block.{i}.layer.1.DenseReluDense.wi_1.weight"),
     ("blocks.{i}.ffn.fc2.weight", "encoder.block.{i}.layer.1.DenseReluDense.wo.weight"),
