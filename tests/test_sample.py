@@ -145,7 +145,7 @@ def test_rows_of_a_jsonl_file_in_any_order(run, tmp_path):
     rows = [
         {"prompt": "a red 3 moves right", "seed": 5},
         {"prompt": "a blue 7 / moves up", "height": 48, "width": 32, "negative_prompt": "black"},
-        {"prompt": "the yellow nine", "guidance_scale": 1},
+        {"prompt": "the yellow nine", "guidance_scale": 3.5},
     ]
     folder = tmp_path / "videos"
 

@@ -1,5 +1,7 @@
 """Text embeddings: encoded once, kept on disk, the same from there."""
 
+import weakref
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,15 +95,17 @@ def test_networks_take_turns_and_give_the_same(tiny_pipeline, loaded, monkeypatc
     )
     settings = Settings.of(loaded)
     ours, whole = Pipeline(lazy), Pipeline(loaded)
-    for rows, latents in ours.batches(PROMPTS[:2], [3, 4], settings, 1):
-        wanted = whole.latents([PROMPTS[rows[0]]], [3 + rows[0]], settings, 1)
-        np.testing.assert_array_equal(latents, wanted)
-        np.testing.assert_array_equal(ours.decode(latents), whole.decode(wanted))
+    prompts, seeds = PROMPTS[:2] + PROMPTS[:1], [3, 4, 5]
+    wanted = whole.latents(prompts, seeds, settings, 2)
+    for rows, latents in ours.batches(prompts, seeds, settings, 2):
+        np.testing.assert_array_equal(latents, wanted[rows])
+        one = latents[:1]
+        np.testing.assert_array_equal(ours.decode(one), whole.decode(one))
         assert ours._turns._part == "vae"
     assert read == ["text_encoder", "transformer", "vae"]
 
 
-def test_only_large_matrices_take_the_compute_dtype(tiny_pipeline):
+def test_large_matrices_take_the_compute_dtype_and_leave_after_their_turn(tiny_pipeline):
     parts = turns.Turns(turns.open_folder(tiny_pipeline.folder), jnp.bfloat16)
     transformer = parts.params("transformer")
     assert transformer["blocks"]["attn1"]["to_q"]["kernel"].dtype == jnp.bfloat16
@@ -109,5 +113,9 @@ def test_only_large_matrices_take_the_compute_dtype(tiny_pipeline):
         assert transformer[path]["kernel"].dtype == jnp.float32
     assert transformer["condition_embedder"]["time_proj"]["kernel"].dtype == jnp.float32
     assert transformer["blocks"]["scale_shift_table"].dtype == jnp.float32
+    on_device = weakref.ref(transformer["proj_out"]["kernel"])
+    del transformer
+    assert on_device() is not None
     assert parts.params("text_encoder")["shared"]["embedding"].dtype == jnp.bfloat16
     assert parts.params("vae")["post_quant_conv"]["kernel"].dtype == jnp.float32
+    assert on_device() is None, "the transformer must have left the device"
