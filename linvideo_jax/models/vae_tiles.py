@@ -17,8 +17,8 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 def decode_tiles(
     vae: WanVAE,
     latents: Float[Array, "batch frames height width z_dim"],
-    tile: int = 40,
-    overlap: int = 12,
+    tile: int = 64,
+    overlap: int = 16,
 ) -> Video:
     """`WanVAE.decode_chunks` of square tiles, one after the other, blended linearly.
 
