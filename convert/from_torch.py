@@ -11,6 +11,7 @@ PyTorch is needed for .pth and .pt files alone.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run by its path: the packages are in the folder above, not in this one
@@ -49,6 +50,10 @@ def convert(argv: Sequence[str]) -> None:
 
     found = [_find(text, parts) for text in given["source"].split(",")]
     source = found[0] if len(found) == 1 else _joined(found)
+    if lacking := [part for part in parts or () if part not in source.parts]:
+        raise UserError(f"{source.path} is {source.description} and has no {', '.join(lacking)}.")
+    if parts:
+        source = replace(source, parts={part: source.parts[part] for part in parts})
     if loras and "transformer" not in source.parts:
         raise UserError("--lora changes the transformer, which is not among the parts.")
     flat = importer.read(source, loras=loras)
@@ -82,7 +87,8 @@ def convert(argv: Sequence[str]) -> None:
 
 def _find(text: str, parts: Sequence[str] | None) -> Source:
     path = hub.fetch(text, parts or PARTS) if hub.is_name(text) else Path(text)
-    source = sources.find(path, parts if path.is_dir() else None)
+    complete = path.is_dir() and sources.kind_of(path)
+    source = sources.find(path, parts if complete else None)
     print(f"{text} is {source.description}.")
     return source
 

@@ -28,7 +28,12 @@ def read(
     flat, problems = {}, []
     for part in parts or source.parts:
         here = source.parts[part]
-        entries = torch_entries(part, flat_shapes(part, here.model))
+        try:
+            entries = torch_entries(part, flat_shapes(part, here.model))
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"{source.path}: the {part}'s configuration has values of the wrong kind ({error})."
+            ) from error
         maps = {key: entry for key, entry in entries.items() if FEATURE_MAP in key}
         plain = {key: entry for key, entry in entries.items() if key not in maps}
         changes: dict[str, Change] = {}

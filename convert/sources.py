@@ -96,8 +96,9 @@ def kind_of(folder: Path) -> str | None:
 def find(path: Path | str, parts: Iterable[str] | None = None) -> Source:
     """Recognises a file or folder and reads its configurations, or derives them from shapes.
 
-    parts: those wanted; None is all of a complete folder, and of others what is there. UserError
-    if it is nothing known, lacks a part, or holds another model than Wan2.1's text-to-video.
+    parts: those wanted of a folder that has all (`kind_of`), None for every one; of others all that
+    is there is found. UserError if it is nothing known, lacks a part, or holds another model than
+    Wan2.1's text-to-video.
     """
     path = Path(path)
     if not path.exists():
@@ -105,12 +106,7 @@ def find(path: Path | str, parts: Iterable[str] | None = None) -> Source:
     if kind_of(path):
         return _complete(path, tuple(PARTS if parts is None else parts))
     variants.check_name(path)
-    source = _single(path) if path.is_file() else _folder(path)
-    lacking = [part for part in parts or () if part not in source.parts]
-    if lacking:
-        raise UserError(f"{path} is {source.description} and has no {', '.join(lacking)}.")
-    wanted = source.parts if parts is None else parts
-    return replace(source, parts={part: source.parts[part] for part in wanted})
+    return _single(path) if path.is_file() else _folder(path)
 
 
 def _complete(path: Path, parts: Iterable[str]) -> Source:

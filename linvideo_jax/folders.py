@@ -23,10 +23,11 @@ def check_space(folder: Path, size: int) -> None:
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < size:
+    disk = shutil.disk_usage(existing)
+    if disk.free < size and disk.total > 0:  # some mounts do not say how large they are
+        needed, free = f"{size / 1e9:,.1f} GB", f"{disk.free / 1e9:,.1f} GB"
         raise UserError(
-            f"{folder} needs {size / 1e9:,.1f} GB, but its disk has {free / 1e9:,.1f} GB free: "
+            f"{folder} needs {needed}, but its disk has {free} free: "
             "make room, or choose another folder."
         )
 

@@ -1,5 +1,6 @@
 """Orbax trees on disk: written one array after the other, read one array at a time."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,15 @@ class _FewAtATime(type_handlers.NumpyHandler):
     def __init__(self, written: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
         self._written = written
+        self._errors: list[ValueError] = []
+
+    async def _open_and_write(self, *arguments) -> None:
+        # Kept until all writes have ended: at the first error Orbax would let go of the others,
+        # which then complain, and write on while their folder is being removed.
+        try:
+            await super()._open_and_write(*arguments)
+        except ValueError as error:
+            self._errors.append(error)
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
         start = 0
@@ -42,6 +52,8 @@ class _FewAtATime(type_handlers.NumpyHandler):
             arrays = [np.asarray(value) for value in values[some]]
             for future in await super().serialize(arrays, infos[some], args[some]):
                 future.result()
+            if self._errors:
+                raise OSError(_reason(self._errors[0]))
             self._written(size)
             start = end
         return []
@@ -54,7 +66,7 @@ def write(
 ) -> None:
     """Writes arrays under flat names as a tree that Orbax's PyTreeCheckpointer restores.
 
-    written: called with the bytes that are done since the last call. UserError if the disk refuses.
+    written: called with the bytes that are done since the last call. OSError if the disk refuses.
     """
     tree = _nested({name: LazyArray(a.shape, a.dtype, a.__array__) for name, a in arrays.items()})
     registry = type_handlers.create_type_handler_registry(
@@ -64,11 +76,8 @@ def write(
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     save = ocp.args.PyTreeSave(tree, chunks, ocdbt_target_data_file_size=FILE_BYTES)
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.absolute(), args=save)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be written: {_reason(error)}.") from error
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), args=save)
 
 
 def read(folder: Path, names: Sequence[str]) -> dict[str, LazyArray]:
@@ -109,7 +118,10 @@ def damaged(folder: Path, error: Exception) -> UserError:
 
 
 def _reason(error: Exception) -> str:
+    """The operating system's word in one of tensorstore's long messages, or its first line."""
     text = str(error).strip()
+    if found := re.search(r"([^:]+) \[os_error_code", text):
+        return found[1].strip()
     return text.splitlines()[0].rstrip(".") if text else repr(error)
 
 
