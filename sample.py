@@ -43,7 +43,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("seed", 0, "of the first video; each next one adds 1", **define)
     flags.DEFINE_integer("num_samples", 1, "videos of each prompt", **define)
     flags.DEFINE_bool("vbench_names", False, "name files PROMPT-INDEX.mp4", **define)
-    flags.DEFINE_bool("vae_tiling", False, "decode by tiles: less memory, not as exact", **define)
+    flags.DEFINE_bool("vae_tiling", False, "decode by tiles: less memory, more time", **define)
     flags.DEFINE_integer("batch_size", None, "videos at a time; default at most 4", **define)
     return values
 

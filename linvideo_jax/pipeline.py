@@ -246,7 +246,7 @@ class Pipeline:
     def decode(
         self, latents: Float[Array, "videos frames height width channels"], tiling: bool = False
     ) -> UInt8[np.ndarray, "videos frames height width 3"]:
-        """Pixels of the transformer's latents; `tiling`: by tiles, in less memory, not as exact."""
+        """Pixels of the transformer's latents; `tiling`: by tiles, in less memory (`vae_tiles`)."""
         config = self.checkpoint.vae_config
         vae = bind(WanVAE, config, self._turns.params("vae"))
         latents = denormalize(jnp.asarray(latents), config)

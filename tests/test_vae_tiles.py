@@ -41,20 +41,15 @@ def test_tiles_cover_and_overlap():
 
 def test_one_tile_is_the_whole(vae):
     x = latents(13, 29)
-    np.testing.assert_array_equal(decode_tiles(vae, x, 29, 3), vae.decode_chunks(x))
+    np.testing.assert_allclose(decode_tiles(vae, x, 29, 3), vae.decode_chunks(x), atol=1e-5)
 
 
-def test_tiles_blend_into_the_whole():
-    """Without the attention across the picture what differs is far from any tile's edge: little."""
-    params = init(WanVAE, TINY)
-    attention = params["decoder"]["mid_block"]["attentions"][0]
-    attention["proj"] = {name: 0 * value for name, value in attention["proj"].items()}
-    vae, x = bind(WanVAE, TINY, params), latents(13, 29)
-    whole = np.asarray(vae.decode_chunks(x))
-    tiled = decode_tiles(vae, x, 17, 12)
+def test_tiles_blend_into_the_whole(vae):
+    x = latents(13, 29)
+    whole, tiled = np.asarray(vae.decode_chunks(x)), decode_tiles(vae, x, 20, 12)
     assert tiled.shape == whole.shape and tiled.dtype == np.float32
     difference = np.abs(tiled - whole)
-    assert difference.max() < 0.1 and difference.mean() < 0.005 < 0.1 * whole.std()
+    assert difference.max() < 0.02 and difference.mean() < 1e-3 < 0.1 * whole.std()
 
 
 def test_wrong_overlap(vae):

@@ -225,7 +225,7 @@ class WanVAE(nnx.Module):
         """`encode` in bounded memory: 1, 4, 4, ... frames at a time."""
         check_video(video.shape, self.config)
         size = self.config.scale_factor_temporal
-        mean, logvar = _by_pieces(_encode_step, self, video, size, dtype)
+        mean, logvar = by_pieces(_encode_step, self, video, size, dtype)
         return mean, logvar
 
     def decode_chunks(
@@ -234,7 +234,7 @@ class WanVAE(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ) -> Video:
         """`decode` in bounded memory, one latent frame at a time, clipped to [-1, 1]."""
-        (video,) = _by_pieces(_decode_step, self, latents, 1, dtype)
+        (video,) = by_pieces(_decode_step, self, latents, 1, dtype)
         return video
 
     def encode_piece(self, video: Video, history: History, dtype: DTypeLike) -> tuple[Video, Video]:
@@ -263,7 +263,7 @@ def _decode_step(config, params, latents, past, dtype):
     return (jnp.clip(video, -1.0, 1.0),), history.present
 
 
-def _by_pieces(step: Callable, vae: WanVAE, x: Video, size: int, dtype: DTypeLike):
+def by_pieces(step: Callable, vae: WanVAE, x: Video, size: int, dtype: DTypeLike):
     """`step` over the first frame and then `size` frames at a time; its results joined in time."""
     params: Params = nnx.to_pure_dict(nnx.state(vae))
     past: list[Frames] | None = None
