@@ -35,7 +35,8 @@ def decode_tiles(
     tile, overlap: latent pixels (8 pixels each). Near a tile's edge the decoder lacks neighbours
     that it would see in the whole picture: the outer third of the overlap is not used, and the
     blend is in the middle third. With 16 shared latent pixels a random VAE of four levels differs
-    by 0.03 of 255 levels at most from decoding whole, with 12 by 0.4, with 8 by 3. The result is in the host's memory, float32 in [-1, 1].
+    by 0.03 of 255 levels at most from decoding whole, with 12 by 0.4, with 8 by 3. The result is in
+    the host's memory, float32 in [-1, 1].
     ValueError unless 0 < overlap < tile.
     """
     if not 0 < overlap < tile:
