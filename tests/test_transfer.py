@@ -261,6 +261,10 @@ def test_wrong_settings_are_refused(config, trained, tmp_path):
     wrong.transfer.target = LAYERS + 1
     with pytest.raises(UserError, match="choose 0 to 3"):
         transfer.run(wrong, trained)
+    wrong = config.copy_and_resolve_references()
+    wrong.transfer.round_at = wrong.transfer.num_steps
+    with pytest.raises(UserError, match="round_at is 24: choose a step from warmup_steps, 6"):
+        transfer.run(wrong, trained)
     with pytest.raises(UserError, match="run the collect stage first"):
         transfer.run(config, tmp_path)
     (trained / "pairs" / "grid.json").rename(tmp_path / "grid.json")

@@ -40,6 +40,11 @@ def run(config, workdir: Path) -> None:
         raise UserError(
             f"transfer.target is {settings.target}: choose 0 to {teacher.wan_config.num_layers}."
         )
+    if not settings.warmup_steps <= settings.round_at < settings.num_steps:
+        raise UserError(
+            f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
+            f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
+        )
     collection = collect.read(workdir)
     wan_config = training.student_config(teacher.wan_config)
     data = on_device(collection)
