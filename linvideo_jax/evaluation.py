@@ -23,12 +23,12 @@ from linvideo_jax import checkpoints, generate
 from linvideo_jax.data import captions, digits
 from linvideo_jax.data.digits import ABSENT, INCONSISTENT, UNSAID, Labels
 from linvideo_jax.errors import UserError
+from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import agreement, motion, quality
 from linvideo_jax.metrics.classifier import NO_DIRECTION, Classifier
 from linvideo_jax.models.wan import initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
-from linvideo_jax.video import replacing
 
 Columns = dict[str, np.ndarray]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.tensors import read_json
-from linvideo_jax import turns, video
+from linvideo_jax import folders, turns, video
 from linvideo_jax.errors import UserError
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
@@ -134,7 +134,7 @@ def make_videos(
     manifest = plan(pipeline, requests, settings, out, options)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with video.replacing(out / MANIFEST) as temporary:
+        with folders.replacing(out / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2) + "\n")
         missing = [request for request in requests if not (out / request.name).exists()]
         groups: dict[Settings, list[Request]] = {}

@@ -1,7 +1,6 @@
 """One training loop for every stage: steps, metrics, checkpoints, interruption, exact resume."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.folders import replacing
 from linvideo_jax.progress import Progress
 
 Metrics = dict[str, jax.Array]
@@ -61,9 +61,8 @@ class MetricsFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
-        temporary = self._path.with_suffix(".jsonl.part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.rename(self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -196,9 +195,8 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it, so that no half-written file stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,5 @@
 """Video files: mp4, animated gif and webp, strips of frames; each appears whole or not at all."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,23 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from linvideo_jax.folders import replacing
+
 FPS = 16
 # Flat-coloured clips of 96 px: crf 8 to 20 give 30.1 to 29.5 dB on digit pixels (the rest is the
 # chroma subsampling of yuv420p) at 4.0 to 2.9 kB.
 _H264 = {"crf": "12", "preset": "slow", "tune": "animation"}
 _BT709, _LIMITED_RANGE = 1, 1  # H.264's own numbers; players guess the matrix of untagged files
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes it at the end, and vanishes on an error."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_mp4(path: Path, video: UInt8[np.ndarray, "frames height width 3"], fps: int = FPS):

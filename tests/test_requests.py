@@ -5,9 +5,9 @@ import json
 import pytest
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.folders import replacing
 from linvideo_jax.pipeline import Settings
 from linvideo_jax.requests import MAX_SEED, file_name, make_requests, read_rows, vbench_name
-from linvideo_jax.video import replacing
 
 SETTINGS = Settings(480, 832, 81, 50, 5.0, 3.0, "unipc")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sample
-from linvideo_jax import checkpoints, video
+from linvideo_jax import checkpoints, folders, video
 from linvideo_jax.generate import even_batch_size
 from linvideo_jax.pipeline import Pipeline, Settings, noise
 from linvideo_jax.text import text_bucket
@@ -280,14 +280,14 @@ def test_output_that_cannot_be_written(refused, tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_written_file(run, tmp_path, monkeypatch):
-    replace = video.os.replace
+    replace = folders.os.replace
 
     def full(source, target):
         if target.suffix == ".mp4":
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(video.os, "replace", full)
+    monkeypatch.setattr(folders.os, "replace", full)
     code, _, err = run("--prompt=a red 3", prompts=None)
     assert code == 2 and "cannot be written: No space left on device" in err
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["manifest.json"]

@@ -6,7 +6,6 @@ background, in at most MAX_WORDS words. `labels` reads any of these wordings.
 
 import argparse
 import functools
-import os
 import re
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from linvideo_jax.data.digits import (
     Labels,
     sample_attributes,
 )
+from linvideo_jax.folders import replacing
 
 MAX_WORDS = 29
 
@@ -216,9 +216,8 @@ def write_prompts(path: str | Path, n: int, split: str, seed: int, num_frames: i
         lines |= dict.fromkeys(captions(sample_attributes(rng, n, num_frames, split), rng))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("\n".join(list(lines)[:n]) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(list(lines)[:n]) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ u_neg are the teacher's velocities for the prompt and for the negative prompt, w
 On disk a shard holds whole trajectories in bfloat16; `steps` index the grid of sigmas.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.folders import replacing
 
 
 class Pairs(NamedTuple):
@@ -57,10 +57,8 @@ def write_shard(
         "prompt": np.tile(prompt.astype(np.int32), steps),
         "seed": np.tile(seed.astype(np.int32), steps),
     }
-    path = shard_path(folder, index)
-    temporary = path.with_suffix(".part")
-    save_file(arrays, temporary)
-    os.replace(temporary, path)
+    with replacing(shard_path(folder, index)) as temporary:
+        save_file(arrays, temporary)
 
 
 def missing_shards(folder: Path, num_shards: int) -> Iterator[int]:

@@ -6,7 +6,6 @@ same network reads pixels or latents.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from linvideo_jax.data.digits import (
     Labels,
 )
 from linvideo_jax.errors import UserError
+from linvideo_jax.folders import replacing
 from linvideo_jax.models.module import Params, bind
 
 NO_DIRECTION = len(DIRECTIONS)  # read where a digit stands still or jumps about
@@ -245,14 +245,13 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     flat = nnx.traversals.flatten_mapping(params)
     arrays = {".".join(map(str, path)): np.asarray(v, np.float16) for path, v in flat.items()}
-    save_file(arrays, folder / f"{kind}.safetensors.tmp")
-    os.replace(folder / f"{kind}.safetensors.tmp", folder / f"{kind}.safetensors")
+    with replacing(folder / f"{kind}.safetensors") as temporary:
+        save_file(arrays, temporary)
     path = folder / "config.json"
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[kind] = asdict(replace(config, dtype="float32")) | {"validation": validation}
-    partial = path.with_name("config.json.tmp")
-    partial.write_text(json.dumps(entries, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 class Classifier(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Any
 
 from linvideo_jax import loop
 from linvideo_jax.evaluation import TEACHER
+from linvideo_jax.folders import replacing
 from linvideo_jax.report import page
-from linvideo_jax.video import replacing
 
 
 def write(workdir: Path) -> Path:

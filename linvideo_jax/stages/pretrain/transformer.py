@@ -71,7 +71,6 @@ def make_update(settings, sizes, optimizer, batch_size: int):
         text = module.bind(UMT5Encoder, sizes.text_encoder, params["text_encoder"])(
             ids, lengths, dtype=dtype
         )
-        text = jnp.where(jnp.arange(ids.shape[1])[:, None] < lengths[:, None, None], text, 0)
         u = module.bind(WanTransformer, sizes.transformer, params["transformer"])(
             rectified.interpolate(x0, noise, t), 1000.0 * t, text, lengths, dtype=dtype, remat=True
         )
