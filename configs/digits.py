@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
 
     config.transfer = transfer = ConfigDict()
     transfer.target = 6  # of 12 layers
-    transfer.num_steps = 4000
+    transfer.num_steps = 3000
     transfer.batch_size = 64
     # The feature maps are first fitted layer by layer, at softmax's states: from the initial maps,
     # which only imitate softmax to first order, the mixed layers would start from noise.
     transfer.warmup_steps = 200
     transfer.warmup_learning_rate = 1e-2  # LoLCATs' rate for feature maps
     # Scores move until `round_at`, then the rounded model is trained.
-    transfer.round_at = 2000
+    transfer.round_at = 1400
     transfer.r_init = 0.9  # the paper: at or near 1; at 1 the linear branch has no gradient
     transfer.r_learning_rate = 0.3  # plain gradient descent, with lambda: simulated, docs/method.md
     transfer.lambda_ = 0.03  # the paper: 0.01, and 0.001 to 0.1 change the result by about 1%

@@ -57,9 +57,7 @@ def choice(name: str, value: str | None, choices: Sequence[str]) -> str | None:
     return value
 
 
-def run(
-    program: Callable[[Sequence[str]], None], argv: Sequence[str], how_to_go_on: str
-) -> int:
+def run(program: Callable[[Sequence[str]], None], argv: Sequence[str], how_to_go_on: str) -> int:
     """Runs `program(argv)` (program name first) and returns its exit code, without a traceback.
 
     0; 2 for a UserError; 130 for Ctrl-C or SIGTERM, with `how_to_go_on` on standard error.

@@ -1,5 +1,8 @@
 """A tiny random WanPipeline of diffusers, saved once a session."""
 
+import logging
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +14,6 @@ CAPTIONS = (
 )
 
 
-# The trained models are made on a GPU; a checkout may be without them.
-SHIPPED = Path(__file__).parents[1] / "assets" / "digits_classifier"
-collect_ignore = [] if SHIPPED.exists() else ["test_shipped.py"]
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    for name in collect_ignore:
-        terminalreporter.write_line(f"left out: {name}, because assets/{SHIPPED.name} is not there")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def cache_home(tmp_path_factory) -> Path:
     """Where sample.py keeps text embeddings during the tests."""
@@ -28,6 +21,30 @@ def cache_home(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture
+def no_warning():
+    """`with no_warning():` fails on any warning, of `warnings` or of the libraries' loggers."""
+
+    @contextmanager
+    def watched():
+        records = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = records.append
+        loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+        assert [record.getMessage() for record in records] == []
+
+    return watched
 
 
 class TinyPipeline(NamedTuple):

@@ -2,11 +2,8 @@
 
 import copy
 import json
-import logging
 import shutil
 import sys
-import warnings
-from contextlib import contextmanager
 
 import diffusers
 import jax
@@ -49,25 +46,6 @@ def assert_bit_exact(folder, other):
         for key in a:
             assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape
             assert a[key].tobytes() == b[key].tobytes(), key
-
-
-@contextmanager
-def no_warning():
-    """Fails if anything is warned of, by the warnings module or by the libraries' loggers."""
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-    assert [record.getMessage() for record in records] == []
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +126,7 @@ def test_dtype_of_import_and_export(tiny_pipeline, tmp_path):
     assert {str(array.dtype) for array in exported.values()} == {"bfloat16"}
 
 
-def test_wan_pipeline_loads_the_export_without_a_warning(tiny_pipeline, ours, tmp_path):
+def test_wan_pipeline_loads_the_export_without_a_warning(tiny_pipeline, ours, tmp_path, no_warning):
     assert run(to_torch, checkpoint=ours, out=tmp_path / "back", layout="diffusers") == 0
     with no_warning():
         loaded = diffusers.WanPipeline.from_pretrained(tmp_path / "back")
@@ -171,7 +149,7 @@ def test_wan_pipeline_loads_the_export_without_a_warning(tiny_pipeline, ours, tm
     assert loaded.tokenizer(words).input_ids == tiny_pipeline.theirs.tokenizer(words).input_ids
 
 
-def test_a_checkpoint_without_scheduler_exports_diffusers_flow_settings(ours, tmp_path):
+def test_a_checkpoint_without_scheduler_exports_diffusers_flow_settings(ours, tmp_path, no_warning):
     checkpoint = checkpoints.load(ours)
     checkpoints.save(
         tmp_path / "own",
@@ -204,7 +182,7 @@ def test_shared_embedding_under_either_name(source, tmp_path, capsys):
     assert "must be one array: encoder.embed_tokens.weight and shared.weight" in error
 
 
-def test_student_goes_out_alone_and_comes_back(tiny_pipeline, student, tmp_path):
+def test_student_goes_out_alone_and_comes_back(tiny_pipeline, student, tmp_path, no_warning):
     base = shutil.copytree(tiny_pipeline.folder, tmp_path / "base")
     out = tmp_path / "alone"
     assert run(to_torch, checkpoint=student, out=out, layout="linvideo", base=base) == 0
@@ -233,7 +211,7 @@ def test_student_goes_out_alone_and_comes_back(tiny_pipeline, student, tmp_path)
         assert jax.tree.all(same)
 
 
-def test_student_in_diffusers_layout_keeps_its_feature_maps(student, tmp_path):
+def test_student_in_diffusers_layout_keeps_its_feature_maps(student, tmp_path, no_warning):
     assert run(to_torch, checkpoint=student, out=tmp_path / "out") == 0
     with no_warning():
         diffusers.WanPipeline.from_pretrained(tmp_path / "out")

@@ -85,6 +85,22 @@ def test_parts_then_a_piece_from_the_weights_alone(config, tmp_path):
     assert not (second / "state" / "vae").exists()
 
 
+def test_a_decoder_alone_keeps_the_latents(config, tmp_path):
+    """The statistics too, for they are part of what a trained transformer sees."""
+    config.pretrain.parts = ("vae",)
+    config.pretrain.vae.update(num_steps=2)
+    pretrain.run(config, tmp_path / "first")
+    made = checkpoints.load(tmp_path / "first" / "final", ("vae",))
+    config.checkpoint = str(tmp_path / "first" / "final")
+    config.pretrain.vae.freeze_encoder = True
+    pretrain.run(config, tmp_path / "second")
+    later = checkpoints.load(tmp_path / "second" / "final", ("vae",))
+    assert later.vae_config == made.vae_config
+    for name, part in later.vae.items():
+        same = jax.tree.map(np.array_equal, part, made.vae[name])
+        assert all(jax.tree.leaves(same)) == (name in ("encoder", "quant_conv")), name
+
+
 def test_pieces_of_minutes_fit_their_time_and_keep_their_plan(tmp_path):
     calls = []
 

@@ -1,15 +1,19 @@
-"""What the shipped digits classifier reads; left out, and said so, while it is not in assets/."""
+"""The shipped models: their sizes, diffusers' loading and sampling, what the classifier reads."""
 
 from pathlib import Path
 
+import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+from linvideo_jax import checkpoints, pipeline
 from linvideo_jax.data import captions, digits
 from linvideo_jax.metrics import agreement, classifier, frechet
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "digits_classifier"
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = ASSETS / "digits_classifier"
 NUM_FRAMES = 25
 
 
@@ -23,6 +27,43 @@ def clips():
     attributes = digits.sample_attributes(np.random.default_rng(7), 48, split="test")
     video = np.asarray(digits.render(attributes, jnp.asarray(digits.digit_images())))
     return attributes, video, digits.labels_of(attributes)
+
+
+@pytest.mark.parametrize(
+    "name, mebibytes", [("wan_digits", 20), ("wan_digits_linear", 14), ("digits_classifier", 2)]
+)
+def test_shipped_folders_stay_small(name, mebibytes):
+    sizes = [path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file()]
+    assert 0 < sum(sizes) <= mebibytes * 2**20
+
+
+def test_diffusers_samples_the_shipped_model_as_we_do(no_warning):
+    """Same prompts, same noise, trained weights, two steps with guidance: the same latents."""
+    with no_warning():
+        pipe = diffusers.WanPipeline.from_pretrained(ASSETS / "wan_digits")
+    pipe.to(torch.float32).set_progress_bar_config(disable=True)
+    checkpoint = checkpoints.load(ASSETS / "wan_digits")
+    ours = pipeline.Pipeline(checkpoint)
+    settings = pipeline.Settings.of(checkpoint, num_inference_steps=2)
+    prompts = ["a red 3 moves slowly straight right on a green background", "the blue seven"]
+    noise = pipeline.noise([0, 1], ours.latent_shape(settings))
+    theirs = pipe(
+        prompts,
+        height=96,
+        width=96,
+        num_frames=25,
+        num_inference_steps=2,
+        guidance_scale=settings.guidance_scale,
+        latents=torch.from_numpy(np.array(noise)).permute(0, 4, 1, 2, 3),
+        output_type="latent",
+    ).frames.permute(0, 2, 3, 4, 1)
+    latents = np.asarray(ours.latents(prompts, [0, 1], settings, 2))
+    assert np.linalg.norm(latents - theirs.numpy()) <= 1e-4 * np.linalg.norm(latents)
+
+
+def test_shipped_student_has_half_of_the_layers_linear():
+    student = checkpoints.load(ASSETS / "wan_digits_linear", ("transformer",))
+    assert len(student.linear_layers) == student.wan_config.num_layers // 2
 
 
 def share_right(shipped, video, said):

@@ -43,8 +43,9 @@ def run(config, workdir: Path) -> None:
             settings.vae, sizes.vae, state / "vae", config.seed, vae_params
         )
         clips = settings.vae.validation_clips
-        fitted = vae_training.with_statistics(vae_params, sizes.vae, config.seed, clips)
-        sizes = replace(sizes, vae=fitted)
+        if not settings.vae.freeze_encoder:
+            fitted = vae_training.with_statistics(vae_params, sizes.vae, config.seed, clips)
+            sizes = replace(sizes, vae=fitted)
         figures = vae_training.validate(vae_params, sizes.vae, config.seed, clips)
         logging.info("VAE on held-out clips: %s", figures)
         loop.write_json(workdir / "vae.json", figures)

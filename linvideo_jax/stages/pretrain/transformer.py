@@ -1,5 +1,6 @@
 """Text encoder and video transformer of wan-digits, trained together by rectified flow."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ def make_data(settings, size, sizes, vae_params, tokenizer, seed: int) -> Data:
     """Clips of one size as normalised latents and captions as token ids, on the device."""
     rng = np.random.default_rng([seed, size.num_frames])
     attributes = digits.sample_attributes(rng, size.num_clips, size.num_frames)
+    with ThreadPoolExecutor(1) as beside:
+        # Captions keep one core busy for about as long as the clips keep the device.
+        tokens = beside.submit(_tokens, settings, attributes, tokenizer, rng)
+        latents = _latents(settings, size, sizes, vae_params, attributes)
+        ids, lengths = tokens.result()
+    empty_ids, empty_length = tokenizer.encode([""])
+    return {
+        "latents": latents,
+        "ids": jnp.asarray(ids, jnp.int32),
+        "lengths": jnp.asarray(lengths, jnp.int32),
+        "empty_ids": jnp.asarray(np.pad(empty_ids[0, :1], (0, ids.shape[-1] - 1)), jnp.int32),
+        "empty_length": jnp.asarray(empty_length[0], jnp.int32),
+    }
+
+
+def _tokens(settings, attributes, tokenizer, rng):
+    """Ids [clips, captions, tokens] and lengths [clips, captions] of several wordings a clip."""
     ids, lengths = zip(
         *(
             tokenizer.encode(captions.captions(attributes, rng))
@@ -33,6 +51,11 @@ def make_data(settings, size, sizes, vae_params, tokenizer, seed: int) -> Data:
     )
     width = max(array.shape[1] for array in ids)
     ids = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in ids]
+    return np.stack(ids, 1), np.stack(lengths, 1)
+
+
+def _latents(settings, size, sizes, vae_params, attributes):
+    """Normalised latents of the clips, bfloat16, on the device."""
     encode = encoder(sizes.vae, size.num_frames, jnp.dtype(settings.dtype))
     normalize = jax.jit(lambda latents: vae.normalize(latents, sizes.vae).astype(jnp.bfloat16))
     images, latents = jax.device_put(digits.digit_images()), []
@@ -44,14 +67,7 @@ def make_data(settings, size, sizes, vae_params, tokenizer, seed: int) -> Data:
             if start // batch % 16 == 0:
                 latents[-1].block_until_ready()
                 progress.update(start + batch, "clips")
-    empty_ids, empty_length = tokenizer.encode([""])
-    return {
-        "latents": jnp.concatenate(latents),
-        "ids": jnp.asarray(np.stack(ids, 1), jnp.int32),
-        "lengths": jnp.asarray(np.stack(lengths, 1), jnp.int32),
-        "empty_ids": jnp.asarray(np.pad(empty_ids[0, :1], (0, width - 1)), jnp.int32),
-        "empty_length": jnp.asarray(empty_length[0], jnp.int32),
-    }
+    return jnp.concatenate(latents)
 
 
 def make_update(settings, sizes, optimizer, batch_size: int):
@@ -72,7 +88,12 @@ def make_update(settings, sizes, optimizer, batch_size: int):
             ids, lengths, dtype=dtype
         )
         u = module.bind(WanTransformer, sizes.transformer, params["transformer"])(
-            rectified.interpolate(x0, noise, t), 1000.0 * t, text, lengths, dtype=dtype, remat=True
+            rectified.interpolate(x0, noise, t),
+            1000.0 * t,
+            text,
+            lengths,
+            dtype=dtype,
+            remat=settings.remat,
         )
         return jnp.mean(jnp.square(u - (noise - x0)))
 

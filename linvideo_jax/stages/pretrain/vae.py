@@ -14,6 +14,7 @@ from linvideo_jax.models import module
 from linvideo_jax.models.vae import VAEConfig, WanVAE
 
 POOL = 65_536  # clips whose attributes wait on the device
+ENCODER = ("encoder", "quant_conv")
 
 
 def reconstruction_losses(video, mask, decoded, mean, logvar, digit_weight, kl_weight):
@@ -37,7 +38,11 @@ def psnr(mean_square_error):
 
 
 def train(settings, config: VAEConfig, folder: Path, seed: int, params=None):
-    """Trains from `params` (or anew) and returns float32 parameters."""
+    """Trains from `params` (or anew) and returns float32 parameters.
+
+    With `settings.freeze_encoder` the decoder alone learns: the latents, and so a transformer
+    that was trained on them, stay as they are.
+    """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.99))
     pool = digits.sample_attributes(np.random.default_rng(seed), POOL, settings.num_frames)
     data = jax.device_put((pool, digits.digit_images()))
@@ -50,6 +55,8 @@ def train(settings, config: VAEConfig, folder: Path, seed: int, params=None):
         video, mask = digits.render(attributes.take(rows), images, settings.num_frames, mask=True)
 
         def loss(params):
+            if settings.freeze_encoder:
+                params = params | jax.lax.stop_gradient({k: params[k] for k in ENCODER})
             vae = module.bind(WanVAE, config, params)
             mean, logvar = vae.encode(video, dtype=dtype)
             noise = jax.random.normal(jax.random.fold_in(key, 1), mean.shape)
