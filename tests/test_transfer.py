@@ -18,7 +18,8 @@ from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanConfig, WanTransformer
 from linvideo_jax.stages import collect, transfer
-from linvideo_jax.transfer import training
+from linvideo_jax.transfer import samples, selection, training
+from linvideo_jax.transfer.recipe import Recipe, knobs_at
 
 LAYERS, TARGET = 3, 2
 PROMPTS = ("a red 3 moves slowly straight up on a gray background", "a blue 7", "the white two")
@@ -190,12 +191,13 @@ def test_updates_bring_a_linear_student_nearer_to_its_teacher(config, trained, t
     wan_config = training.student_config(loaded.wan_config)
     settings = config.transfer
     state = training.initial_state(settings, wan_config, loaded.transformer)
-    state = training.rounded(state, LAYERS)
-    update = training.make_update(settings, wan_config, loaded.wan_config, "unipc", jnp.float32)
+    state = selection.placed(state, range(LAYERS))
+    recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
+    knobs = knobs_at(settings, settings.round_at, 3e-3, 2.0, False)
     data, anchors = transfer.on_device(collect.read(trained)), []
     for _ in range(40):  # one batch
-        state, metrics = update(
-            state, loaded.transformer, data, settings.round_at, 3e-3, jax.random.key(0)
+        state, metrics = training.update(
+            recipe, state, loaded.transformer, data, knobs, jax.random.key(0)
         )
         anchors.append(float(metrics["anchor"]))
     assert anchors[-1] < 0.5 * anchors[0], anchors
@@ -226,11 +228,12 @@ def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
     loaded = checkpoints.load(teacher)
     wan_config = training.student_config(loaded.wan_config)
     state = training.initial_state(config.transfer, wan_config, loaded.transformer)
-    warmup = training.make_warmup(config.transfer, wan_config, "unipc", jnp.float32)
+    recipe = Recipe.of(config.transfer, wan_config, loaded.wan_config, "unipc", "float32")
+    knobs = knobs_at(config.transfer, 0, 3e-2, 2.0, True)
     data = transfer.on_device(collect.read(trained))
     errors = []
     for _ in range(40):  # one batch
-        state, metrics = warmup(state, data, 3e-2, jax.random.key(0))
+        state, metrics = training.warmup(recipe, state, data, knobs, jax.random.key(0))
         errors.append(np.asarray(metrics["attention_errors"]))
     assert np.all(errors[-1] < 0.7 * errors[0])
     for name in ("to_q", "to_out"):
@@ -238,11 +241,13 @@ def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
         jax.tree.map(np.testing.assert_array_equal, now, then)
 
 
-def test_the_negative_branch_has_its_share(config, trained):
+def test_the_negative_branch_has_its_share(config, trained, teacher):
     stored = collect.read(trained)
     settings = config.transfer.copy_and_resolve_references()
     settings.batch_size = 400
-    batch = training.draw(transfer.on_device(stored), settings, jax.random.key(0))
+    sizes = checkpoints.load(teacher).wan_config
+    recipe = Recipe.of(settings, sizes, sizes, "unipc", "float32")
+    batch = samples.draw(transfer.on_device(stored), recipe, 0.1, jax.random.key(0))
     negative = np.asarray(batch.text_lengths) == stored.negative_length[0]
     assert 0.05 < negative.mean() < 0.16
     np.testing.assert_array_equal(batch.text[negative][0], stored.negative_text[0])
@@ -251,9 +256,11 @@ def test_the_negative_branch_has_its_share(config, trained):
 
 def test_rounding_keeps_the_smallest_scores(config):
     state = {"r": jnp.array([0.4, 0.45, 0.3]), "mode": jnp.full((3,), MIX)}
-    rounded = training.rounded(state, TARGET)
-    assert rounded["mode"].tolist() == [LINEAR, SOFTMAX, LINEAR]
-    assert rounded["r"].tolist() == [0.0, 1.0, 0.0]
+    layers, told = selection.by_scores(state["r"], state["mode"], TARGET)
+    placed = selection.placed(state, layers)
+    assert placed["mode"].tolist() == [LINEAR, SOFTMAX, LINEAR]
+    assert placed["r"].tolist() == [0.0, 1.0, 0.0]
+    assert (told["rounded"], told["moved"], told["undecided"]) == (3, [1], 3)
 
 
 def test_wrong_settings_are_refused(config, trained, tmp_path):
