@@ -1,5 +1,6 @@
 """Collect and transfer on a tiny random teacher: what is stored, resumed, learned and written."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -239,6 +240,113 @@ def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
     for name in ("to_q", "to_out"):
         now, then = (p["blocks"]["attn1"][name] for p in (state["params"], loaded.transformer))
         jax.tree.map(np.testing.assert_array_equal, now, then)
+
+
+@pytest.mark.parametrize("objective", ["adm_score", "own_points", "dmd"])
+def test_every_objective_trains_is_compiled_once_and_resumes(
+    objective, config, trained, teacher, tmp_path
+):
+    loaded = checkpoints.load(teacher)
+    wan_config = training.student_config(loaded.wan_config)
+    settings = config.transfer.copy_and_resolve_references()
+    settings.update(objective=objective, score_updates=2, rollout_steps=2, remat=False)
+    recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
+    data = transfer.on_device(collect.read(trained))
+    state = training.initial_state(settings, wan_config, loaded.transformer)
+    state |= training.objectives_state(recipe, loaded.transformer, data)
+    state = jax.device_put(state, jax.devices()[0])  # as a restored one, or it compiles twice
+    gradients = []
+
+    def step(state, i):
+        changes = {"lambda_": 0.01 * (i + 1), "target": i, "beta": 0.5, "freeze_steps": 50 * i}
+        changes |= {"own_share": 1.0, "negative_fraction": float(i % 2), "r_learning_rate": 0.1}
+        knobs = knobs_at(settings, 8 + i, 1e-3, 2.0, True)._replace(**changes)
+        key = jax.random.key(i)
+        state, metrics = training.update(recipe, state, loaded.transformer, data, knobs, key)
+        gradients.append(float(metrics["gradient_norm"]))
+        return state, metrics
+
+    def run(name, num_steps):
+        options = {"folder": tmp_path / name, "save_every": 2, "log_every": 1}
+        return loop.run("test", step, state, num_steps=num_steps, **options)
+
+    compiled = training.update._cache_size()
+    undisturbed = run("a", 4)
+    assert training.update._cache_size() == compiled + 1
+    run("b", 2)
+    resumed = run("b", 4)
+    jax.tree.map(np.testing.assert_array_equal, undisturbed, resumed)
+    lines = loop.read_metrics(tmp_path / "a")
+    assert len(lines) == 4 and objective in lines[0]
+    # Of the conditional branch alone, then of the negative one alone.
+    assert all(norm > 1e-6 for norm in gradients[:4])
+    for part in ("score", "own"):
+        if part in state:
+            before, after = (jax.tree.leaves(s[part])[0] for s in (state, undisturbed))
+            assert float(jnp.abs(after - before).max()) > 0
+
+
+def test_layers_that_are_not_learned_are_placed_after_the_warmup(
+    config, trained, tmp_path, monkeypatch
+):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(selection="manual", layers=(2, 0), num_steps=17)
+    seen = []
+
+    def update(recipe, state, teacher, data, knobs, key):
+        seen.append((state["mode"].tolist(), knobs.r_learning_rate))
+        return state, {"loss": jnp.zeros(())}
+
+    monkeypatch.setattr(training, "update", update)
+    transfer.run(own, tmp_path)
+    assert seen == [([LINEAR, SOFTMAX, LINEAR], 0.0)] * 11
+    assert checkpoints.load(tmp_path / "final").linear_layers == (0, 2)
+    written = json.loads((tmp_path / "selection.json").read_text())
+    assert written == {"selection": "manual", "target": 2, "layers": [0, 2]}
+
+
+def test_the_learned_selection_is_written(trained):
+    written = json.loads((trained / "selection.json").read_text())
+    assert written["layers"] == list(checkpoints.load(trained / "final").linear_layers)
+    assert len(written["scores"]) == LAYERS and written["selection"] == "selective"
+
+
+def test_score_networks_that_do_not_match_are_refused(trained, teacher, tmp_path):
+    loaded = checkpoints.load(teacher)
+    same = transfer.score_network("", loaded)
+    jax.tree.map(np.testing.assert_array_equal, same, loaded.transformer)
+    again = transfer.score_network(str(teacher), loaded)
+    jax.tree.map(np.testing.assert_array_equal, again, loaded.transformer)
+    with pytest.raises(UserError, match="has linear layers: choose a model without"):
+        transfer.score_network(str(trained / "final"), loaded)
+    other = dataclasses.replace(loaded.wan_config, ffn_dim=16)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes(WanTransformer, other))
+    checkpoints.save(
+        tmp_path / "other",
+        config=checkpoints.make_config(other, loaded.vae_config, loaded.umt5_config),
+        transformer=zeros,
+    )
+    with pytest.raises(UserError, match="has other sizes than the teacher"):
+        transfer.score_network(str(tmp_path / "other"), loaded)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("objective", "kl", "objective is 'kl': choose one of adm, adm_score, mse, own_points"),
+        ("t_to", "far", "t_to is 'far': choose one of next, uniform"),
+        ("weighting", "none", "weighting is 'none': choose one of paper, clipped, normalised"),
+        ("score_updates", 0, "score_updates is 0: choose 1 or more"),
+        ("selection", "none", "selection is 'none': choose one of selective, manual, grid, random"),
+        ("selection", "grid", "profile.json is missing: put the stage profile before transfer"),
+    ],
+)
+def test_unknown_choices_are_refused(config, trained, field, value, message):
+    wrong = config.copy_and_resolve_references()
+    wrong.transfer[field] = value
+    with pytest.raises(UserError, match=message):
+        transfer.run(wrong, trained)
 
 
 def test_the_negative_branch_has_its_share(config, trained, teacher):
