@@ -67,6 +67,12 @@ def get_config() -> ConfigDict:
     transfer.save_every = 1000
     transfer.log_every = 50
 
+    config.profile = profile = ConfigDict()  # not among the stages above: selection "grid" needs it
+    profile.width = 2  # consecutive layers replaced at a time
+    profile.num_steps = 100  # updates of recovery
+    profile.num_validation = 64  # videos whose pairs are not trained on
+    profile.num_prompts = 64  # of evaluate's, sampled and judged for every range; 0: none
+
     config.evaluate = evaluate = ConfigDict()
     evaluate.prompts = "assets/prompts_digits_test.txt"  # combinations and images never trained on
     evaluate.num_prompts = 256

@@ -4,13 +4,14 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from linvideo_jax import checkpoints, loop
+from linvideo_jax import checkpoints, evaluation, loop
 from linvideo_jax.data import captions, trajectories
 from linvideo_jax.errors import UserError
 from linvideo_jax.models.module import bind, shapes
@@ -18,7 +19,7 @@ from linvideo_jax.models.tokenizer_training import build
 from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanConfig, WanTransformer
-from linvideo_jax.stages import collect, transfer
+from linvideo_jax.stages import collect, profile, transfer
 from linvideo_jax.transfer import samples, selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at
 
@@ -310,6 +311,58 @@ def test_the_learned_selection_is_written(trained):
     written = json.loads((trained / "selection.json").read_text())
     assert written["layers"] == list(checkpoints.load(trained / "final").linear_layers)
     assert len(written["scores"]) == LAYERS and written["selection"] == "selective"
+
+
+def test_profile_measures_every_range_and_resumes(config, trained, tmp_path, monkeypatch):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(warmup_steps=0, remat=False)
+    own.profile.update(width=2, num_steps=4, num_validation=2, num_prompts=2)
+    sampled = []
+
+    def sample(contender, prompts, seed, settings, batch_size, folder):
+        sampled.append((contender.checkpoint.linear_layers, len(prompts)))
+        return evaluation.Videos(np.zeros((2, 1)), 1.0, 0.5, "mark")
+
+    def measure(judge, said, ours, theirs, pixels):
+        return {"right.all": np.array([True, False]), "distance_latents": np.array([1.0, 2.0])}
+
+    monkeypatch.setattr(profile.classifier, "load", lambda folder, kind: None)
+    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(evaluation, "measure", measure)
+    profile.run(own, tmp_path)
+    assert sampled == [((), 2), ((0, 1), 2), ((1, 2), 2)]
+    path = tmp_path / "profile" / "profile.json"
+    first = json.loads(path.read_text())
+    assert [row["layers"] for row in first["rows"]] == [[0, 1], [1, 2]]
+    assert first["updates"] == 8 and first["num_layers"] == LAYERS
+    for row in first["rows"]:
+        assert row["error_before"] > 0 and row["error_after"] not in (0, row["error_before"])
+        assert (row["all_right"], row["distance_latents"]) == (0.5, 1.5)
+    drawn = ElementTree.parse(tmp_path / "profile" / "profile.svg").getroot()
+    charts = drawn.findall("{http://www.w3.org/2000/svg}svg")
+    assert [int(chart.get("y")) for chart in charts] == [24, 268, 512]
+
+    # The first range is lost, the second is kept: the same figures come again.
+    (tmp_path / "profile" / "rows" / "000-001.json").unlink()
+    sampled.clear()
+    profile.run(own, tmp_path)
+    assert sampled == [((), 2), ((0, 1), 2)]
+    again = json.loads(path.read_text())
+    assert again["rows"][1] == first["rows"][1]
+    assert again["rows"][0] | {"seconds": 0} == first["rows"][0] | {"seconds": 0}
+
+    own.transfer.selection = "grid"
+    read = transfer.read_profile(own.transfer, tmp_path)
+    found = selection.before_training(own.transfer, LAYERS, read)
+    best = min(first["rows"], key=lambda row: row["error_after"])
+    assert list(found) == best["layers"]
+    own.profile.width = 4
+    with pytest.raises(UserError, match="width is 4: choose 1 to 3"):
+        profile.run(own, tmp_path)
+    own.profile.update(width=1, num_validation=6)
+    with pytest.raises(UserError, match="num_validation is 6: choose 1 to below the 6 videos"):
+        profile.run(own, tmp_path)
 
 
 def test_score_networks_that_do_not_match_are_refused(trained, teacher, tmp_path):
