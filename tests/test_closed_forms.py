@@ -79,6 +79,48 @@ def test_adm_with_the_students_own_score(b):
     np.testing.assert_allclose(jax.grad(adm)(b, linear(b)), by_hand, rtol=1e-4)
 
 
+@pytest.mark.parametrize("b", [B, -0.2, 0.9])
+def test_the_papers_approximation(b):
+    """docs/method.md: (a) - (b) is how far b(t) is from the velocity of the student's points."""
+    m = 1 + (T_TO - T_FROM) * b
+    fitting = of_gaussian(m**2 * variance(T_FROM), T_TO)
+    exact, own = (jax.grad(adm)(b, linear(c)) for c in (fitting, b))
+    by_hand = (T_TO - T_FROM) * m * variance(T_FROM) * (1 - T_TO) / T_TO * (b - fitting)
+    np.testing.assert_allclose(exact - own, by_hand, rtol=1e-3)
+
+
+def test_with_parameters_of_its_own_for_every_step_the_printed_form_never_settles():
+    """The lowest step's error stays, and those above it grow; the anchor ends that."""
+    t = jnp.array([0.9, 0.7, 0.5, 0.3, 0.1])
+    a = of_gaussian(variance(t), t)
+
+    def descend(beta, updates):
+        def loss(b, frozen):
+            # b[i] is the velocity's coefficient at t[i]; the two points of every marginal.
+            x = latents([1.0, -1.0])
+            total = 0.0
+            for i in range(4):
+                here, to = jnp.full(2, t[i]), jnp.full(2, t[i + 1])
+                state = x * variance(t[i]) ** 0.5
+                matching, u = objectives.anytime_distribution_matching(
+                    linear(b[i]), linear(frozen[i + 1]), linear(a[i + 1]), state, here, to, "paper"
+                )
+                total += matching + beta * objectives.velocity_matching(u, a[i] * state)
+            state = x * variance(t[4]) ** 0.5
+            return total + beta * objectives.velocity_matching(b[4] * state, a[4] * state)
+
+        def update(b, _):
+            return b - 0.1 * jax.grad(loss)(b, b), None
+
+        return jax.lax.scan(update, a - 0.1, None, updates)[0] - a
+
+    for updates, at_least in ((100, 0.3), (500, 5.0)):
+        printed = jnp.abs(descend(0.0, updates))
+        np.testing.assert_allclose(printed[4], 0.1, rtol=1e-4)
+        assert jnp.max(printed) > at_least
+    assert jnp.max(jnp.abs(descend(1.0, 500))) < 1e-3
+
+
 @pytest.mark.parametrize("weighting", ["paper", "clipped", "normalised"])
 def test_a_teacher_matched_with_itself_gives_zero(weighting):
     a = of_gaussian(variance(T_TO), T_TO)
@@ -246,8 +288,9 @@ def trained(params, beta, matching, rate, key, pairs, as_printed):
     return jax.lax.scan(update, (params, optimizer.init(params)), keys)[0][0]
 
 
-def test_on_a_mixture_the_printed_form_grows_and_the_default_does_not():
-    keys = jax.random.split(jax.random.key(0), 3)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_on_a_mixture_the_printed_form_grows_and_the_default_does_not(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
     start = {
         "in": 0.7 * jax.random.normal(keys[0], (5, WIDTH)),
         "bias": 0.5 * jax.random.normal(keys[1], (WIDTH,)),
@@ -260,5 +303,5 @@ def test_on_a_mixture_the_printed_form_grows_and_the_default_does_not():
     default = trained(fitted, 1.0, 1.0, 3e-3, key, pairs, False)
     before, by_printed, by_default = (error(p, held_out) for p in (fitted, printed, default))
     assert before < 0.1 * error(start, held_out)
-    assert by_printed > 1.5 * before
+    assert by_printed > 1.25 * before
     assert by_default < before

@@ -307,6 +307,26 @@ def test_layers_that_are_not_learned_are_placed_after_the_warmup(
     assert written == {"selection": "manual", "target": 2, "layers": [0, 2]}
 
 
+def test_settled_layers_are_frozen_without_another_compilation(config, trained, tmp_path, caplog):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(freeze_steps=2, lambda_=0.3, r_learning_rate=0.3)
+    compiled = training.update._cache_size()
+    with caplog.at_level("INFO", "absl"):
+        transfer.run(own, tmp_path)
+    assert training.update._cache_size() == compiled
+    lines = loop.read_metrics(tmp_path / "state" / "transfer")[6:16]
+    mixed = [line["mixed_layers"] for line in lines]
+    assert mixed[0] == LAYERS and mixed == sorted(mixed, reverse=True) and mixed[-1] < LAYERS
+    assert caplog.text.count("frozen as") == LAYERS - mixed[-1]
+    final = checkpoints.load(tmp_path / "final", ("transformer",)).linear_layers
+    for layer in range(LAYERS):
+        if f"layer {layer} frozen as linear" in caplog.text:
+            assert layer in final
+        if f"layer {layer} frozen as softmax" in caplog.text:
+            assert layer not in final
+
+
 def test_the_learned_selection_is_written(trained):
     written = json.loads((trained / "selection.json").read_text())
     assert written["layers"] == list(checkpoints.load(trained / "final").linear_layers)
