@@ -153,7 +153,9 @@ class Bench:
             num_frames=evaluate.num_frames,
             **evaluate.sampling,
         )
-        self._batch_size, self._sample_seed = evaluate.batch_size, evaluate.seeds[0]
+        # A batch is always full: a larger one would only be padding.
+        self._batch_size = min(evaluate.batch_size, evaluate.num_prompts)
+        self._sample_seed = evaluate.seeds[0]
         self._theirs = self._sample(evaluation.TEACHER, self._teacher)
 
     def _sample(self, name: str, checkpoint: checkpoints.Checkpoint) -> evaluation.Videos:
