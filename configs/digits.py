@@ -23,6 +23,14 @@ def get_config() -> ConfigDict:
 
     config.transfer = transfer = ConfigDict()
     transfer.target = 6  # of 12 layers
+    # How the layers are chosen: selective (learned scores), manual (`layers`, as many as `target`),
+    # grid (greedy by the stage profile), random (by `selection_seed`).
+    transfer.selection = "selective"
+    transfer.layers = ()
+    transfer.selection_seed = 0
+    # adm, adm_score (the score from a network of its own), mse (on stored pairs), own_points
+    # (velocities at the student's own points), dmd (t = 0 alone).
+    transfer.objective = "adm"
     transfer.num_steps = 3000
     transfer.batch_size = 64
     # The feature maps are first fitted layer by layer, at softmax's states: from the initial maps,
@@ -35,8 +43,20 @@ def get_config() -> ConfigDict:
     transfer.r_learning_rate = 0.3  # plain gradient descent, with lambda: simulated, docs/method.md
     transfer.lambda_ = 0.03  # the paper: 0.01, and 0.001 to 0.1 change the result by about 1%
     transfer.alpha = (20.0, 2.0, 0.6)  # the paper: 20 to 2; reached at 60% of the scores' time
+    transfer.freeze_steps = 0  # updates within 0.02 of 0 or 1 that freeze a layer; 0: none does
+    transfer.t_to = "next"  # ADM's t, a lower step of the grid: the next, or uniform
     transfer.weighting = "clipped"
     transfer.beta = 1.0  # of the anchor; 0 is the printed form
+    # Of own_points: moves from a stored state, the grid's length or more for whole trajectories;
+    # and the share of the batch that is not stored pairs.
+    transfer.own_steps = 1
+    transfer.own_share = 0.5
+    # Of adm_score and dmd: the folder that the score network starts from ("": the teacher), its
+    # updates for each of the student's, and the Euler steps of the student's samples.
+    transfer.score_network = ""
+    transfer.score_updates = 5
+    transfer.score_learning_rate = 1e-4  # not tuned
+    transfer.rollout_steps = 4
     transfer.negative_fraction = 0.1
     transfer.learning_rate = 1e-3
     transfer.final_learning_rate = 0.02
@@ -46,6 +66,12 @@ def get_config() -> ConfigDict:
     transfer.remat = True
     transfer.save_every = 1000
     transfer.log_every = 50
+
+    config.profile = profile = ConfigDict()  # not among the stages above: selection "grid" needs it
+    profile.width = 2  # consecutive layers replaced at a time
+    profile.num_steps = 100  # updates of recovery
+    profile.num_validation = 64  # videos whose pairs are not trained on
+    profile.num_prompts = 64  # of evaluate's, sampled and judged for every range; 0: none
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.prompts = "assets/prompts_digits_test.txt"  # combinations and images never trained on

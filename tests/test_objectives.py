@@ -111,13 +111,13 @@ def test_a_step_to_zero_contributes_nothing(x, weighting):
 def test_the_students_velocity_is_returned_for_the_anchor(x):
     u = adm(THETA, x)[1]
     np.testing.assert_allclose(u, velocity(THETA)(x, T_FROM), rtol=1e-6)
-    gradient = jax.grad(lambda theta: objectives.velocity_anchor(adm(theta, x)[1], 0 * x))(THETA)
+    gradient = jax.grad(lambda theta: objectives.velocity_matching(adm(theta, x)[1], 0 * x))(THETA)
     np.testing.assert_allclose(gradient, np.mean(2 * np.asarray(u) * np.asarray(x)), rtol=1e-4)
 
 
 def test_anchor_is_a_mean_square():
     a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 0.0, 6.0])
-    np.testing.assert_allclose(objectives.velocity_anchor(a, b), (0 + 4 + 9) / 3)
+    np.testing.assert_allclose(objectives.velocity_matching(a, b), (0 + 4 + 9) / 3)
 
 
 def test_score_difference_is_that_of_the_scores(x):

@@ -1,15 +1,17 @@
 """Collect and transfer on a tiny random teacher: what is stored, resumed, learned and written."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from linvideo_jax import checkpoints, loop
+from linvideo_jax import checkpoints, evaluation, loop
 from linvideo_jax.data import captions, trajectories
 from linvideo_jax.errors import UserError
 from linvideo_jax.models.module import bind, shapes
@@ -17,8 +19,9 @@ from linvideo_jax.models.tokenizer_training import build
 from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanConfig, WanTransformer
-from linvideo_jax.stages import collect, transfer
-from linvideo_jax.transfer import training
+from linvideo_jax.stages import collect, profile, transfer
+from linvideo_jax.transfer import samples, selection, training
+from linvideo_jax.transfer.recipe import Recipe, knobs_at
 
 LAYERS, TARGET = 3, 2
 PROMPTS = ("a red 3 moves slowly straight up on a gray background", "a blue 7", "the white two")
@@ -190,12 +193,13 @@ def test_updates_bring_a_linear_student_nearer_to_its_teacher(config, trained, t
     wan_config = training.student_config(loaded.wan_config)
     settings = config.transfer
     state = training.initial_state(settings, wan_config, loaded.transformer)
-    state = training.rounded(state, LAYERS)
-    update = training.make_update(settings, wan_config, loaded.wan_config, "unipc", jnp.float32)
+    state = selection.placed(state, range(LAYERS))
+    recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
+    knobs = knobs_at(settings, settings.round_at, 3e-3, 2.0, False)
     data, anchors = transfer.on_device(collect.read(trained)), []
     for _ in range(40):  # one batch
-        state, metrics = update(
-            state, loaded.transformer, data, settings.round_at, 3e-3, jax.random.key(0)
+        state, metrics = training.update(
+            recipe, state, loaded.transformer, data, knobs, jax.random.key(0)
         )
         anchors.append(float(metrics["anchor"]))
     assert anchors[-1] < 0.5 * anchors[0], anchors
@@ -226,11 +230,12 @@ def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
     loaded = checkpoints.load(teacher)
     wan_config = training.student_config(loaded.wan_config)
     state = training.initial_state(config.transfer, wan_config, loaded.transformer)
-    warmup = training.make_warmup(config.transfer, wan_config, "unipc", jnp.float32)
+    recipe = Recipe.of(config.transfer, wan_config, loaded.wan_config, "unipc", "float32")
+    knobs = knobs_at(config.transfer, 0, 3e-2, 2.0, True)
     data = transfer.on_device(collect.read(trained))
     errors = []
     for _ in range(40):  # one batch
-        state, metrics = warmup(state, data, 3e-2, jax.random.key(0))
+        state, metrics = training.warmup(recipe, state, data, knobs, jax.random.key(0))
         errors.append(np.asarray(metrics["attention_errors"]))
     assert np.all(errors[-1] < 0.7 * errors[0])
     for name in ("to_q", "to_out"):
@@ -238,11 +243,192 @@ def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
         jax.tree.map(np.testing.assert_array_equal, now, then)
 
 
-def test_the_negative_branch_has_its_share(config, trained):
+@pytest.mark.parametrize("objective", ["adm_score", "own_points", "dmd"])
+def test_every_objective_trains_is_compiled_once_and_resumes(
+    objective, config, trained, teacher, tmp_path
+):
+    loaded = checkpoints.load(teacher)
+    wan_config = training.student_config(loaded.wan_config)
+    settings = config.transfer.copy_and_resolve_references()
+    settings.update(objective=objective, score_updates=2, rollout_steps=2, remat=False)
+    recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
+    data = transfer.on_device(collect.read(trained))
+    state = training.initial_state(settings, wan_config, loaded.transformer)
+    state |= training.objectives_state(recipe, loaded.transformer, data)
+    state = jax.device_put(state, jax.devices()[0])  # as a restored one, or it compiles twice
+    gradients = []
+
+    def step(state, i):
+        changes = {"lambda_": 0.01 * (i + 1), "target": i, "beta": 0.5, "freeze_steps": 50 * i}
+        changes |= {"own_share": 1.0, "negative_fraction": float(i % 2), "r_learning_rate": 0.1}
+        knobs = knobs_at(settings, 8 + i, 1e-3, 2.0, True)._replace(**changes)
+        key = jax.random.key(i)
+        state, metrics = training.update(recipe, state, loaded.transformer, data, knobs, key)
+        gradients.append(float(metrics["gradient_norm"]))
+        return state, metrics
+
+    def run(name, num_steps):
+        options = {"folder": tmp_path / name, "save_every": 2, "log_every": 1}
+        return loop.run("test", step, state, num_steps=num_steps, **options)
+
+    compiled = training.update._cache_size()
+    undisturbed = run("a", 4)
+    assert training.update._cache_size() == compiled + 1
+    run("b", 2)
+    resumed = run("b", 4)
+    jax.tree.map(np.testing.assert_array_equal, undisturbed, resumed)
+    lines = loop.read_metrics(tmp_path / "a")
+    assert len(lines) == 4 and objective in lines[0]
+    # Of the conditional branch alone, then of the negative one alone.
+    assert all(norm > 1e-6 for norm in gradients[:4])
+    for part in ("score", "own"):
+        if part in state:
+            before, after = (jax.tree.leaves(s[part])[0] for s in (state, undisturbed))
+            assert float(jnp.abs(after - before).max()) > 0
+
+
+def test_layers_that_are_not_learned_are_placed_after_the_warmup(
+    config, trained, tmp_path, monkeypatch
+):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(selection="manual", layers=(2, 0), num_steps=17)
+    seen = []
+
+    def update(recipe, state, teacher, data, knobs, key):
+        seen.append((state["mode"].tolist(), knobs.r_learning_rate))
+        return state, {"loss": jnp.zeros(())}
+
+    monkeypatch.setattr(training, "update", update)
+    transfer.run(own, tmp_path)
+    assert seen == [([LINEAR, SOFTMAX, LINEAR], 0.0)] * 11
+    assert checkpoints.load(tmp_path / "final").linear_layers == (0, 2)
+    written = json.loads((tmp_path / "selection.json").read_text())
+    assert written == {"selection": "manual", "target": 2, "layers": [0, 2]}
+
+
+def test_settled_layers_are_frozen_without_another_compilation(config, trained, tmp_path, caplog):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(freeze_steps=2, lambda_=0.3, r_learning_rate=0.3)
+    compiled = training.update._cache_size()
+    with caplog.at_level("INFO", "absl"):
+        transfer.run(own, tmp_path)
+    assert training.update._cache_size() == compiled
+    lines = loop.read_metrics(tmp_path / "state" / "transfer")[6:16]
+    mixed = [line["mixed_layers"] for line in lines]
+    assert mixed[0] == LAYERS and mixed == sorted(mixed, reverse=True) and mixed[-1] < LAYERS
+    assert caplog.text.count("frozen as") == LAYERS - mixed[-1]
+    final = checkpoints.load(tmp_path / "final", ("transformer",)).linear_layers
+    for layer in range(LAYERS):
+        if f"layer {layer} frozen as linear" in caplog.text:
+            assert layer in final
+        if f"layer {layer} frozen as softmax" in caplog.text:
+            assert layer not in final
+
+
+def test_the_learned_selection_is_written(trained):
+    written = json.loads((trained / "selection.json").read_text())
+    assert written["layers"] == list(checkpoints.load(trained / "final").linear_layers)
+    assert len(written["scores"]) == LAYERS and written["selection"] == "selective"
+
+
+def test_profile_measures_every_range_and_resumes(config, trained, tmp_path, monkeypatch):
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(warmup_steps=0, remat=False)
+    own.profile.update(width=2, num_steps=4, num_validation=2, num_prompts=2)
+    sampled = []
+
+    def sample(contender, prompts, seed, settings, batch_size, folder):
+        sampled.append((contender.checkpoint.linear_layers, len(prompts)))
+        return evaluation.Videos(np.zeros((2, 1)), 1.0, 0.5, "mark")
+
+    def measure(judge, said, ours, theirs, pixels):
+        return {"right.all": np.array([True, False]), "distance_latents": np.array([1.0, 2.0])}
+
+    monkeypatch.setattr(profile.classifier, "load", lambda folder, kind: None)
+    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(evaluation, "measure", measure)
+    profile.run(own, tmp_path)
+    assert sampled == [((), 2), ((0, 1), 2), ((1, 2), 2)]
+    path = tmp_path / "profile" / "profile.json"
+    first = json.loads(path.read_text())
+    assert [row["layers"] for row in first["rows"]] == [[0, 1], [1, 2]]
+    assert first["updates"] == 8 and first["num_layers"] == LAYERS
+    for row in first["rows"]:
+        assert row["error_before"] > 0 and row["error_after"] not in (0, row["error_before"])
+        assert (row["all_right"], row["distance_latents"]) == (0.5, 1.5)
+    drawn = ElementTree.parse(tmp_path / "profile" / "profile.svg").getroot()
+    charts = drawn.findall("{http://www.w3.org/2000/svg}svg")
+    assert [int(chart.get("y")) for chart in charts] == [24, 268, 512]
+
+    # The first range is lost, the second is kept: the same figures come again.
+    (tmp_path / "profile" / "rows" / "000-001.json").unlink()
+    sampled.clear()
+    profile.run(own, tmp_path)
+    assert sampled == [((), 2), ((0, 1), 2)]
+    again = json.loads(path.read_text())
+    assert again["rows"][1] == first["rows"][1]
+    assert again["rows"][0] | {"seconds": 0} == first["rows"][0] | {"seconds": 0}
+
+    own.transfer.selection = "grid"
+    read = transfer.read_profile(own.transfer, tmp_path)
+    found = selection.before_training(own.transfer, LAYERS, read)
+    best = min(first["rows"], key=lambda row: row["error_after"])
+    assert list(found) == best["layers"]
+    own.profile.width = 4
+    with pytest.raises(UserError, match="width is 4: choose 1 to 3"):
+        profile.run(own, tmp_path)
+    own.profile.update(width=1, num_validation=6)
+    with pytest.raises(UserError, match="num_validation is 6: choose 1 to below the 6 videos"):
+        profile.run(own, tmp_path)
+
+
+def test_score_networks_that_do_not_match_are_refused(trained, teacher, tmp_path):
+    loaded = checkpoints.load(teacher)
+    same = transfer.score_network("", loaded)
+    jax.tree.map(np.testing.assert_array_equal, same, loaded.transformer)
+    again = transfer.score_network(str(teacher), loaded)
+    jax.tree.map(np.testing.assert_array_equal, again, loaded.transformer)
+    with pytest.raises(UserError, match="has linear layers: choose a model without"):
+        transfer.score_network(str(trained / "final"), loaded)
+    other = dataclasses.replace(loaded.wan_config, ffn_dim=16)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes(WanTransformer, other))
+    checkpoints.save(
+        tmp_path / "other",
+        config=checkpoints.make_config(other, loaded.vae_config, loaded.umt5_config),
+        transformer=zeros,
+    )
+    with pytest.raises(UserError, match="has other sizes than the teacher"):
+        transfer.score_network(str(tmp_path / "other"), loaded)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("objective", "kl", "objective is 'kl': choose one of adm, adm_score, mse, own_points"),
+        ("t_to", "far", "t_to is 'far': choose one of next, uniform"),
+        ("weighting", "none", "weighting is 'none': choose one of paper, clipped, normalised"),
+        ("score_updates", 0, "score_updates is 0: choose 1 or more"),
+        ("selection", "none", "selection is 'none': choose one of selective, manual, grid, random"),
+        ("selection", "grid", "profile.json is missing: put the stage profile before transfer"),
+    ],
+)
+def test_unknown_choices_are_refused(config, trained, field, value, message):
+    wrong = config.copy_and_resolve_references()
+    wrong.transfer[field] = value
+    with pytest.raises(UserError, match=message):
+        transfer.run(wrong, trained)
+
+
+def test_the_negative_branch_has_its_share(config, trained, teacher):
     stored = collect.read(trained)
     settings = config.transfer.copy_and_resolve_references()
     settings.batch_size = 400
-    batch = training.draw(transfer.on_device(stored), settings, jax.random.key(0))
+    sizes = checkpoints.load(teacher).wan_config
+    recipe = Recipe.of(settings, sizes, sizes, "unipc", "float32")
+    batch = samples.draw(transfer.on_device(stored), recipe, 0.1, jax.random.key(0))
     negative = np.asarray(batch.text_lengths) == stored.negative_length[0]
     assert 0.05 < negative.mean() < 0.16
     np.testing.assert_array_equal(batch.text[negative][0], stored.negative_text[0])
@@ -251,9 +437,11 @@ def test_the_negative_branch_has_its_share(config, trained):
 
 def test_rounding_keeps_the_smallest_scores(config):
     state = {"r": jnp.array([0.4, 0.45, 0.3]), "mode": jnp.full((3,), MIX)}
-    rounded = training.rounded(state, TARGET)
-    assert rounded["mode"].tolist() == [LINEAR, SOFTMAX, LINEAR]
-    assert rounded["r"].tolist() == [0.0, 1.0, 0.0]
+    layers, told = selection.by_scores(state["r"], state["mode"], TARGET)
+    placed = selection.placed(state, layers)
+    assert placed["mode"].tolist() == [LINEAR, SOFTMAX, LINEAR]
+    assert placed["r"].tolist() == [0.0, 1.0, 0.0]
+    assert (told["rounded"], told["moved"], told["undecided"]) == (3, [1], 3)
 
 
 def test_wrong_settings_are_refused(config, trained, tmp_path):

@@ -10,10 +10,16 @@ from linvideo_jax.report.charts import Line, lines, smooth, thinned
 _NAMES = {
     "loss": "Loss",
     "adm": "Distribution matching (ADM)",
+    "adm_score": "ADM with a score network",
+    "dmd": "Distribution matching at t = 0 (DMD)",
+    "score_loss": "Loss of the score network",
+    "mse": "Velocity error on stored pairs",
+    "own_points": "Velocity error on stored pairs and own points",
     "anchor": "Velocity anchor",
     "constraint": "Constraint on the number of linear layers",
     "regulariser": "Regulariser of r",
     "alpha": "alpha, the regulariser's sharpness",
+    "mixed_layers": "Layers still mixed",
     "gradient_norm": "Gradient norm",
     "attention_errors": "Error of each layer's linear attention, while the maps are fitted",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from linvideo_jax.errors import UserError
 
-STAGES = ("pretrain", "collect", "transfer", "evaluate")
+STAGES = ("pretrain", "collect", "profile", "transfer", "evaluate")
 
 
 def run(config, workdir: Path) -> None:

@@ -25,6 +25,7 @@ class Collection(NamedTuple):
     pairs: trajectories.Pairs
     sigmas: Float[np.ndarray, " steps+1"]
     sampler: str
+    guidance_scale: float
     text: Float[np.ndarray, "prompts tokens text_dim"]
     text_lengths: Int[np.ndarray, " prompts"]
     negative_text: Float[np.ndarray, "1 tokens text_dim"]
@@ -130,6 +131,7 @@ def read(workdir: Path) -> Collection:
         pairs=trajectories.read_pairs(folder, grid["num_shards"]),
         sigmas=np.asarray(grid["sigmas"]),
         sampler=grid["sampler"],
+        guidance_scale=grid["guidance_scale"],
         text=stored["text"][:-1],
         text_lengths=stored["lengths"][:-1],
         negative_text=stored["text"][-1:],

@@ -2,27 +2,32 @@
 
 Three parts of one run: the feature maps are fitted layer by layer (`warmup_steps`), then all
 weights and scores are trained together in mixed layers, and from `round_at` on the scores are
-rounded and the rest of the run trains the rounded model.
+rounded and the rest of the run trains the rounded model. Where layers are not chosen by scores
+(`selection`), the second part is left out.
 """
 
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from linvideo_jax import checkpoints, loop, optimizers
 from linvideo_jax.errors import UserError
 from linvideo_jax.models import wan
+from linvideo_jax.models.module import Params
 from linvideo_jax.stages import collect
-from linvideo_jax.transfer import training
+from linvideo_jax.transfer import selection, training
+from linvideo_jax.transfer.recipe import Recipe, knobs_at
+from linvideo_jax.transfer.samples import Data
 
 
-def on_device(collection: collect.Collection) -> dict[str, jax.Array]:
-    """The whole collection as device arrays, for `draw`."""
+def on_device(collection: collect.Collection) -> Data:
+    """The whole collection as device arrays; `starts` are the rows of noise."""
     return jax.device_put(
         {
             **collection.pairs._asdict(),
+            "starts": np.flatnonzero(collection.pairs.step == 0).astype(np.int32),
             "sigmas": collection.sigmas.astype(np.float32),
             "text": collection.text,
             "text_lengths": collection.text_lengths,
@@ -36,10 +41,8 @@ def run(config, workdir: Path) -> None:
     """Trains and writes the student to `workdir/final`."""
     settings, workdir = config.transfer, Path(workdir)
     teacher = checkpoints.load(config.checkpoint)
-    if not 0 <= settings.target <= teacher.wan_config.num_layers:
-        raise UserError(
-            f"transfer.target is {settings.target}: choose 0 to {teacher.wan_config.num_layers}."
-        )
+    num_layers = teacher.wan_config.num_layers
+    selection.check(settings, num_layers)
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
         raise UserError(
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
@@ -47,10 +50,13 @@ def run(config, workdir: Path) -> None:
         )
     collection = collect.read(workdir)
     wan_config = training.student_config(teacher.wan_config)
+    recipe = Recipe.of(settings, wan_config, teacher.wan_config, collection.sampler, config.dtype)
+    score_params = None
+    if recipe.has_score_network:
+        score_params = score_network(settings.score_network, teacher)
+    layers = selection.before_training(settings, num_layers, read_profile(settings, workdir))
     data = on_device(collection)
-    dtype, sampler = jnp.dtype(config.dtype), collection.sampler
-    update = training.make_update(settings, wan_config, teacher.wan_config, sampler, dtype)
-    warmup = training.make_warmup(settings, wan_config, sampler, dtype)
+    choose_at = settings.round_at if layers is None else settings.warmup_steps
     schedule = optimizers.warmup_cosine(
         settings.learning_rate,
         settings.num_steps - settings.warmup_steps,
@@ -64,17 +70,24 @@ def run(config, workdir: Path) -> None:
 
     def step_of_run(state, step):
         key = jax.random.fold_in(seed, step)
-        if step < settings.warmup_steps:
-            return warmup(state, data, maps_schedule(step), key)
-        if step == settings.round_at:
-            state = training.rounded(state, settings.target)
-        rate = schedule(step - settings.warmup_steps + 1)
-        return update(state, teacher.transformer, data, step, rate, key)
+        warming, selecting = step < settings.warmup_steps, step < choose_at
+        rate = maps_schedule(step) if warming else schedule(step - settings.warmup_steps + 1)
+        knobs = knobs_at(settings, step, rate, collection.guidance_scale, selecting)
+        if warming:
+            return training.warmup(recipe, state, data, knobs, key)
+        if step == choose_at:
+            state = chosen(state, layers, settings, workdir)
+        before = state["mode"]
+        state, metrics = training.update(recipe, state, teacher.transformer, data, knobs, key)
+        if selecting and settings.freeze_steps:
+            log_frozen(before, state["mode"], step + 1)
+        return state, metrics
 
+    initial = training.initial_state(settings, wan_config, teacher.transformer)
     state = loop.run(
         "transfer",
         step_of_run,
-        training.initial_state(settings, wan_config, teacher.transformer),
+        initial | training.objectives_state(recipe, score_params, data),
         num_steps=settings.num_steps,
         folder=workdir / "state" / "transfer",
         save_every=settings.save_every,
@@ -97,3 +110,62 @@ def run(config, workdir: Path) -> None:
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
     )
+
+
+def score_network(folder: str, teacher: checkpoints.Checkpoint) -> Params:
+    """What the score network starts from: the teacher, or the softmax model in `folder`.
+
+    UserError if that has other sizes than the teacher, or linear layers.
+    """
+    if not folder:
+        return teacher.transformer
+    own = checkpoints.load(folder, ("transformer",))
+    if own.wan_config.to_dict() != teacher.wan_config.to_dict():
+        raise UserError(
+            f"transfer.score_network, {folder}, has other sizes than the teacher {teacher.path}: "
+            "choose a model of the same sizes, or none for the teacher itself."
+        )
+    if own.linear_layers:
+        raise UserError(
+            f"transfer.score_network, {folder}, has linear layers: choose a model without, or none "
+            "for the teacher itself."
+        )
+    params = own.transformer
+    if own.wan_config.feature_map is not None:
+        attn1 = {k: v for k, v in params["blocks"]["attn1"].items() if k != "feature_map"}
+        params = params | {"blocks": params["blocks"] | {"attn1": attn1}}
+    return params
+
+
+def read_profile(settings, workdir: Path) -> selection.Profile | None:
+    """The profile stage's result, for selection "grid"; UserError if it is not there."""
+    if settings.selection != "grid":
+        return None
+    path = workdir / "profile" / "profile.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: put the stage profile before transfer.")
+    profile = loop.read_json(path)
+    print(
+        f"grid: the profile of {len(profile['rows'])} ranges cost {profile['updates']:,} updates, "
+        f"{profile['seconds']:,.0f} s"
+    )
+    return profile
+
+
+def chosen(state: training.State, layers, settings, workdir: Path) -> training.State:
+    """The state with its layers placed, and `workdir/selection.json`, which says how."""
+    entry = {"selection": settings.selection, "target": settings.target}
+    if layers is None:
+        layers, told = selection.by_scores(state["r"], state["mode"], settings.target)
+        if told["moved"]:
+            logging.warning("rounding alone would have placed layers %s otherwise", told["moved"])
+        entry |= told
+    loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
+    return selection.placed(state, layers)
+
+
+def log_frozen(before: jax.Array, after: jax.Array, step: int) -> None:
+    """A line in the log for every layer that froze at this update."""
+    for layer in np.flatnonzero(np.asarray(before) != np.asarray(after)):
+        kind = "linear" if after[layer] == wan.LINEAR else "softmax"
+        logging.info("layer %d frozen as %s after step %d", layer, kind, step)

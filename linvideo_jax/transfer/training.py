@@ -1,19 +1,21 @@
-"""The training of a student: its state, its samples, and the updates of warm-up and transfer."""
+"""The training of a student: its state, its loss, and the updates of warm-up and transfer."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from absl import logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from linvideo_jax import optimizers
 from linvideo_jax.models import wan
-from linvideo_jax.models.module import bind
-from linvideo_jax.transfer import objectives, scores
+from linvideo_jax.models.module import Params, bind
+from linvideo_jax.transfer import objectives, samples, scores, selection
+from linvideo_jax.transfer.recipe import Knobs, Recipe
+from linvideo_jax.transfer.samples import Batch, Data
 
 State = dict[str, Any]
 
@@ -23,28 +25,31 @@ def student_config(teacher: wan.WanConfig) -> wan.WanConfig:
     return replace(teacher, feature_map="hedgehog")
 
 
-def weights_optimizer(settings) -> optax.GradientTransformation:
-    """Muon (matrices) and Adam, at a rate `feature_map_rate` times as high for the feature maps."""
+def _is_map(path: tuple) -> bool:
+    return "feature_map" in jax.tree_util.keystr(path)
+
+
+def weights_optimizer(clip_norm: float) -> optax.GradientTransformation:
+    """Muon (matrices) and Adam, of rate 1; Adam for the feature maps."""
 
     def group(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "maps" if "feature_map" in jax.tree_util.keystr(path) else "weights",
-            params,
+            lambda path, _: "maps" if _is_map(path) else "weights", params
         )
 
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+        optax.clip_by_global_norm(clip_norm),
         optax.multi_transform(
-            {
-                "weights": optimizers.muon_with_adam(),
-                "maps": optax.adam(settings.feature_map_rate, b2=0.99),
-            },
-            group,
+            {"weights": optimizers.muon_with_adam(), "maps": optax.adam(1.0, b2=0.99)}, group
         ),
     )
 
 
-def initial_state(settings, config: wan.WanConfig, teacher_params) -> State:
+MAPS_OPTIMIZER = optax.adam(1.0, b2=0.99)
+SCORE_OPTIMIZER = optax.adam(1.0, b1=0.0, b2=0.999)  # as distillation codes train their critics
+
+
+def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> State:
     """Student = teacher + initial feature maps, every layer mixed with score r_init."""
     params = jax.tree.map(jnp.asarray, teacher_params)
     maps = jax.tree.map(jnp.asarray, wan.initial_feature_map(config))
@@ -52,156 +57,176 @@ def initial_state(settings, config: wan.WanConfig, teacher_params) -> State:
     layers = config.num_layers
     return {
         "params": params,
-        "optimizer": weights_optimizer(settings).init(params),
-        "warmup": optax.adam(1.0).init(maps),
+        "optimizer": weights_optimizer(settings.clip_norm).init(params),
+        "warmup": MAPS_OPTIMIZER.init(maps),
         "r": jnp.full((layers,), settings.r_init, jnp.float32),
         "mode": jnp.full((layers,), wan.MIX, jnp.int32),
+        "settled": jnp.zeros((layers,), jnp.int32),
     }
 
 
-def rounded(state: State, target: int) -> State:
-    """The state with every score at 0 or 1 and every layer's mode softmax or linear.
+def objectives_state(recipe: Recipe, score_params: Params, data: Data) -> State:
+    """What the objective keeps beside the student: a score network, or the student's points."""
+    if recipe.has_score_network:
+        params = jax.tree.map(jnp.asarray, score_params)
+        return {"score": {"params": params, "optimizer": SCORE_OPTIMIZER.init(params)}}
+    if recipe.objective == "own_points":
+        return {"own": samples.no_points(data, recipe.batch_size)}
+    return {}
 
-    The `target` smallest scores become linear; where rounding alone would have chosen others, the
-    corrections are in the log, and the unrounded scores in the metrics.
+
+def network(
+    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat=False
+) -> Callable[..., Array]:
+    """(x, t, text, text_lengths) -> velocity."""
+    model = bind(wan.WanTransformer, config, params)
+
+    def velocity(x, t, text, text_lengths):
+        time = samples.network_time(t, recipe.sampler)
+        options = {"r": r, "mode": mode, "dtype": recipe.dtype, "remat": remat}
+        return model(x, time, text, text_lengths, **options)
+
+    return velocity
+
+
+def _on(batch: Batch, velocity: Callable[..., Array]) -> objectives.Velocity:
+    return lambda x, t: velocity(x, t, batch.text, batch.text_lengths)
+
+
+def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, noised, knobs: Knobs):
+    """(loss, parts) of `trained`, which holds "params" and "r": eq. 14 with the anchor.
+
+    L = objective + beta anchor + lambda (L_con + L_reg); beta is of the distribution-matching
+    objectives alone. noised: (noise, t) for dmd.
     """
-    chosen, corrections = scores.choose_linear_layers(np.asarray(state["r"]), target)
-    if corrections:
-        logging.warning("rounding alone would have placed layers %s otherwise", corrections)
-    linear = np.isin(np.arange(len(state["r"])), chosen)
-    return state | {
-        "r": jnp.asarray(np.where(linear, 0.0, 1.0), jnp.float32),
-        "mode": jnp.asarray(np.where(linear, wan.LINEAR, wan.SOFTMAX), jnp.int32),
-    }
+    params, r = trained["params"], trained["r"]
+    frozen = jax.lax.stop_gradient((params, r))
+    student = _on(batch, network(recipe, recipe.student, params, r, state["mode"], recipe.remat))
+    teacher = _on(batch, network(recipe, recipe.teacher, teacher_params))
+    if recipe.has_score_network:
+        score = _on(batch, network(recipe, recipe.teacher, state["score"]["params"]))
+    else:
+        score = _on(batch, network(recipe, recipe.student, *frozen, state["mode"]))
+
+    match recipe.objective:
+        case "adm" | "adm_score":
+            matching, u_student = objectives.anytime_distribution_matching(
+                student, score, teacher, batch.x, batch.t_from, batch.t_to, recipe.weighting
+            )
+        case "dmd":
+            x_0, u_student = objectives.rollout(
+                student, batch.x, batch.t_from, recipe.rollout_steps
+            )
+            matching = objectives.distribution_matching_at_zero(
+                x_0, *noised, score, teacher, recipe.weighting
+            )
+        case "mse" | "own_points":
+            matching, u_student = None, student(batch.x, batch.t_from)
+
+    velocity = objectives.velocity_matching(u_student, batch.u_teacher)
+    if matching is None:
+        objective, parts = velocity, {recipe.objective: velocity}
+    else:
+        objective = matching + knobs.beta * velocity
+        parts = {recipe.objective: matching, "anchor": velocity}
+    con = scores.constraint(r, knobs.target)
+    reg = scores.regulariser(r, knobs.alpha)
+    total = objective + knobs.lambda_ * (con + reg)
+    parts |= {"constraint": con, "regulariser": reg}
+    return total, {"loss": total, "alpha": knobs.alpha} | parts
 
 
-class Batch(NamedTuple):
-    """Samples of the stored pairs, each drawn for the conditional or the negative branch."""
+def score_network_updates(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
+    """`score_updates` updates of the score network on samples of the present student.
 
-    x: Float[Array, "batch frames height width channels"]
-    u_teacher: Float[Array, "batch frames height width channels"]
-    t_from: Float[Array, " batch"]
-    t_to: Float[Array, " batch"]  # the next lower step of the grid
-    text: Float[Array, "batch tokens text_dim"]
-    text_lengths: Int[Array, " batch"]
+    A sample is reached from a stored state in `rollout_steps` Euler steps.
+    """
+    student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
+
+    def one(score, key):
+        batch = samples.draw(data, recipe, knobs.negative_fraction, key)
+        x_0, _ = objectives.rollout(
+            _on(batch, student), batch.x, batch.t_from, recipe.rollout_steps
+        )
+        noised = samples.noise_and_times(data, batch.x, jax.random.fold_in(key, 3))
+
+        def error(params):
+            velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
+            return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+
+        value, grads = jax.value_and_grad(error)(score["params"])
+        changes, moments = SCORE_OPTIMIZER.update(grads, score["optimizer"])
+        params = optimizers.apply(score["params"], changes, knobs.score_learning_rate)
+        return {"params": params, "optimizer": moments}, value
+
+    score, values = jax.lax.scan(one, state["score"], jax.random.split(key, recipe.score_updates))
+    return score, jnp.mean(values)
 
 
-def draw(data: dict[str, jax.Array], settings, key: jax.Array) -> Batch:
-    """`settings.batch_size` pairs; a share `negative_fraction` of them on the negative branch."""
-    pick, branch = jax.random.split(key)
-    rows = jax.random.randint(pick, (settings.batch_size,), 0, data["step"].shape[0])
-    negative = jax.random.bernoulli(branch, settings.negative_fraction, rows.shape)
-    index, prompt = data["step"][rows], data["prompt"][rows]
-    x, u_cond, u_neg = (data[name][rows].astype(jnp.float32) for name in ("x", "u_cond", "u_neg"))
-    return Batch(
-        x,
-        jnp.where(negative[:, None, None, None, None], u_neg, u_cond),
-        data["sigmas"][index],
-        data["sigmas"][index + 1],
-        jnp.where(negative[:, None, None], data["negative_text"], data["text"][prompt]),
-        jnp.where(negative, data["negative_length"], data["text_lengths"][prompt]),
+@partial(jax.jit, static_argnames="recipe")
+def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, knobs: Knobs, key):
+    """One update of the student: (state, metrics). One compilation serves every `knobs`."""
+    batch = samples.draw(data, recipe, knobs.negative_fraction, key)
+    # draw takes up to fold_in(key, 2)
+    keys = jax.random.split(jax.random.fold_in(key, 3))
+    noised, more = None, {}
+    if recipe.has_score_network:
+        noised = samples.noise_and_times(data, batch.x, keys[0])
+        score, more["score_loss"] = score_network_updates(recipe, state, data, knobs, keys[1])
+        state = state | {"score": score}
+    if recipe.objective == "own_points":
+        student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
+        teacher = network(recipe, recipe.teacher, teacher_params)
+        points = samples.move(state["own"], data, student, knobs, keys[0])
+        batch = samples.own_points(batch, points, data, teacher, knobs, keys[1])
+        state = state | {"own": points}
+
+    trained = {"params": state["params"], "r": state["r"]}
+    grads, metrics = jax.grad(loss, has_aux=True)(
+        trained, recipe, state, teacher_params, batch, noised, knobs
     )
+    optimizer = weights_optimizer(recipe.clip_norm)
+    changes, moments = optimizer.update(grads["params"], state["optimizer"], state["params"])
+    changes = jax.tree_util.tree_map_with_path(
+        lambda path, change: knobs.feature_map_rate * change if _is_map(path) else change, changes
+    )
+    # Plain gradient descent on r: Adam would move all scores alike, whatever the objective.
+    r = jnp.clip(state["r"] - knobs.r_learning_rate * grads["r"], 0.0, 1.0)
+    r = jnp.where(state["mode"] == wan.MIX, r, state["r"])
+    r, mode, settled = selection.freeze(
+        r, state["mode"], state["settled"], knobs.target, knobs.freeze_steps
+    )
+    new = state | {
+        "params": optimizers.apply(state["params"], changes, knobs.learning_rate),
+        "optimizer": moments,
+        "r": r,
+        "mode": mode,
+        "settled": settled,
+    }
+    metrics |= {"r": r, "mixed_layers": jnp.sum(mode == wan.MIX)} | more
+    return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
 
 
-def network_time(t: Float[Array, " batch"], sampler: str) -> Float[Array, " batch"]:
-    """What the network is told at t, as `grids.network_timesteps` tells it when sampling."""
-    return 1000.0 * t if sampler == "euler" else jnp.floor(1000.0 * t)
+@partial(jax.jit, static_argnames="recipe")
+def warmup(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
+    """Like `update`, for the fit of every layer's feature maps to its softmax attention."""
+    batch = samples.draw(data, recipe, knobs.negative_fraction, key)
 
+    def with_maps(maps):
+        attn1 = state["params"]["blocks"]["attn1"] | {"feature_map": maps}
+        return state["params"] | {"blocks": state["params"]["blocks"] | {"attn1": attn1}}
 
-def make_loss(settings, config: wan.WanConfig, teacher_config: wan.WanConfig, sampler: str, dtype):
-    """(trained, mode, teacher_params, batch, alpha) -> (loss, parts): eq. 14 with the anchor.
-
-    `trained` holds "params" and "r"; loss = ADM + beta anchor + lambda (L_con + L_reg).
-    """
-
-    def loss(trained, mode, teacher_params, batch: Batch, alpha):
-        def velocity(model_config, params, r, mode, remat):
-            model = bind(wan.WanTransformer, model_config, params)
-            text = (batch.text, batch.text_lengths)
-            return lambda x, t: model(
-                x, network_time(t, sampler), *text, r=r, mode=mode, dtype=dtype, remat=remat
-            )
-
-        params, r = trained["params"], trained["r"]
-        frozen_params, frozen_r = jax.lax.stop_gradient((params, r))
-        adm, u_student = objectives.anytime_distribution_matching(
-            velocity(config, params, r, mode, settings.remat),
-            velocity(config, frozen_params, frozen_r, mode, False),
-            velocity(teacher_config, teacher_params, None, None, False),
-            batch.x,
-            batch.t_from,
-            batch.t_to,
-            settings.weighting,
+    def error(maps):
+        model = bind(wan.WanTransformer, recipe.student, with_maps(maps))
+        time = samples.network_time(batch.t_from, recipe.sampler)
+        errors = model.attention_errors(
+            batch.x, time, batch.text, batch.text_lengths, dtype=recipe.dtype
         )
-        anchor = objectives.velocity_anchor(u_student, batch.u_teacher)
-        con = scores.constraint(r, settings.target)
-        reg = scores.regulariser(r, alpha)
-        total = adm + settings.beta * anchor + settings.lambda_ * (con + reg)
-        parts = {"adm": adm, "anchor": anchor, "constraint": con, "regulariser": reg}
-        return total, {"loss": total, "alpha": alpha} | parts
+        return jnp.sum(errors), errors
 
-    return loss
-
-
-def make_update(settings, config, teacher_config, sampler: str, dtype):
-    """A jitted (state, teacher_params, data, step, learning_rate, key) -> (state, metrics)."""
-    optimizer = weights_optimizer(settings)
-    loss = make_loss(settings, config, teacher_config, sampler, dtype)
-
-    @jax.jit
-    def update(state, teacher_params, data, step, learning_rate, key):
-        selecting = settings.round_at - settings.warmup_steps
-        progress = (step - settings.warmup_steps) / max(selecting, 1)
-        trained = {"params": state["params"], "r": state["r"]}
-        grads, metrics = jax.grad(loss, has_aux=True)(
-            trained,
-            state["mode"],
-            teacher_params,
-            draw(data, settings, key),
-            scores.annealed_alpha(progress, *settings.alpha),
-        )
-        changes, moments = optimizer.update(grads["params"], state["optimizer"], state["params"])
-        # Plain gradient descent on r: Adam would move all scores alike, whatever the objective.
-        r_rate = jnp.where(step < settings.round_at, settings.r_learning_rate, 0.0)
-        r = jnp.clip(state["r"] - r_rate * grads["r"], 0.0, 1.0)
-        new = state | {
-            "params": optimizers.apply(state["params"], changes, learning_rate),
-            "optimizer": moments,
-            "r": r,
-        }
-        return new, metrics | {"r": r, "gradient_norm": optax.tree.norm(grads["params"])}
-
-    return update
-
-
-def make_warmup(settings, config: wan.WanConfig, sampler: str, dtype):
-    """Like `make_update`, for the fit of every layer's feature maps to its softmax attention."""
-    optimizer = optax.adam(1.0, b2=0.99)
-
-    @jax.jit
-    def warmup(state, data, learning_rate, key):
-        batch = draw(data, settings, key)
-
-        def loss(maps):
-            params = state["params"]
-            attn1 = params["blocks"]["attn1"] | {"feature_map": maps}
-            params = params | {"blocks": params["blocks"] | {"attn1": attn1}}
-            errors = bind(wan.WanTransformer, config, params).attention_errors(
-                batch.x,
-                network_time(batch.t_from, sampler),
-                batch.text,
-                batch.text_lengths,
-                dtype=dtype,
-            )
-            return jnp.sum(errors), errors
-
-        maps = state["params"]["blocks"]["attn1"]["feature_map"]
-        (total, errors), grads = jax.value_and_grad(loss, has_aux=True)(maps)
-        changes, moments = optimizer.update(grads, state["warmup"])
-        attn1 = state["params"]["blocks"]["attn1"]
-        attn1 = attn1 | {"feature_map": optimizers.apply(maps, changes, learning_rate)}
-        params = state["params"] | {"blocks": state["params"]["blocks"] | {"attn1": attn1}}
-        new = state | {"params": params, "warmup": moments}
-        return new, {"loss": total, "attention_errors": errors, "r": state["r"]}
-
-    return warmup
+    maps = state["params"]["blocks"]["attn1"]["feature_map"]
+    (total, errors), grads = jax.value_and_grad(error, has_aux=True)(maps)
+    changes, moments = MAPS_OPTIMIZER.update(grads, state["warmup"])
+    params = with_maps(optimizers.apply(maps, changes, knobs.learning_rate))
+    new = state | {"params": params, "warmup": moments}
+    return new, {"loss": total, "attention_errors": errors, "r": state["r"]}
