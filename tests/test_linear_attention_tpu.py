@@ -21,7 +21,7 @@ from kernels.linear_attention import (
     reference,
 )
 
-TILES = pallas_tpu.TileConfig(forward=64, backward=48)
+TILES = pallas_tpu.TileConfig(tile=48, chunk=16)
 FORWARD = {jnp.float32: 1e-5, jnp.bfloat16: 2e-3}
 GRADIENT = {jnp.float32: 1e-4, jnp.bfloat16: 1e-2}
 
@@ -29,7 +29,7 @@ GRADIENT = {jnp.float32: 1e-4, jnp.bfloat16: 1e-2}
 @pytest.fixture(autouse=True)
 def interpreted():
     """Two cores, each memory location watched; a race fails the test that had it."""
-    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    params = pltpu.InterpretParams(detect_races=True)
     with compiling_for("tpu"), pltpu.force_tpu_interpret_mode(params):
         yield
     races = interpret_pallas_call.races

@@ -10,7 +10,6 @@ which makes them the same bits each time, and the first two are parallel.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 from kernels.dispatch import platform
 from kernels.linear_attention import pallas_tpu_kernels as bodies
-from kernels.linear_attention.pallas_tpu_grid import Grid
+from kernels.linear_attention.pallas_tpu_grid import Grid, TileConfig
 from kernels.linear_attention.reference import TINY
 from kernels.linear_attention.types import FeatureMap, State
 
@@ -27,19 +26,6 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (32, 64, 128, 256)
 MAX_FEATURES = 256
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tokens of a tile, multiples of 16; backward kernels hold about twice as many arrays."""
-
-    forward: int = 1024
-    backward: int = 512
-
-    def __post_init__(self):
-        for name, tokens in (("forward", self.forward), ("backward", self.backward)):
-            if tokens <= 0 or tokens % 16:
-                raise ValueError(f"{name} tile of {tokens} tokens: needs a multiple of 16")
 
 
 def linear_attention(
@@ -104,7 +90,7 @@ def _both_signs(weight: Float[Array, "heads head_dim features"]) -> Float[Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _state(k, v, weight, lengths, config) -> State:
-    grid = Grid.of(k, config.forward)
+    grid = Grid.of(k, config)
     kv, mass = grid.run(
         bodies.state_kernel,
         lengths,
@@ -120,7 +106,7 @@ def _state_forward(k, v, weight, lengths, config):
 
 def _state_backward(config, saved, gradient: State):
     k, v, weight, lengths = saved
-    grid = Grid.of(k, config.backward)
+    grid = Grid.of(k, config)
     dk, dv, dweight = grid.run(
         bodies.state_backward_kernel,
         lengths,
@@ -141,7 +127,7 @@ _state.defvjp(_state_forward, _state_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _apply(q, state: State, weight, config):
-    grid = Grid.of(q, config.forward)
+    grid = Grid.of(q, config)
     (out,) = grid.run(
         bodies.apply_kernel,
         grid.full_lengths(),
@@ -157,7 +143,7 @@ def _apply_forward(q, state, weight, config):
 
 def _apply_backward(config, saved, dout):
     q, state, weight = saved
-    grid = Grid.of(q, config.backward)
+    grid = Grid.of(q, config)
     dq, dweight, dkv, dmass = grid.run(
         bodies.apply_backward_kernel,
         grid.full_lengths(),

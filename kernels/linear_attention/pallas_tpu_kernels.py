@@ -1,9 +1,9 @@
-"""Bodies of the TPU kernels: each sees one tile of tokens of a few heads, all in VMEM.
+"""Bodies of the TPU kernels: each sees one chunk of tokens of a few heads, all in VMEM.
 
-Arrays of tokens are refs of `[1, tile, heads * head_dim]`; `weight` is [W, -W] of each head,
-`[heads, head_dim, double_features]`, so that one product gives both signs. Products take operands
-of the inputs' dtype and accumulate in float32, as everything between them is. docs/kernels.md has
-the formulas.
+Arrays of tokens are refs of `[chunk, heads * head_dim]`, others `[heads, rows, columns]`; `weight`
+is [W, -W] of each head, so that one product gives both signs; `mass` and `dmass` have one row.
+Products take operands of the inputs' dtype and accumulate in float32, as everything between them
+is. Where `valid` is false an array of tokens may hold anything. docs/kernels.md has the formulas.
 """
 
 from __future__ import annotations
@@ -15,58 +15,52 @@ from jax.experimental import pallas as pl
 from kernels.linear_attention.reference import EPSILON
 
 
-def state_kernel(lengths, k, v, weight, kv, mass):
-    """Adds the tile's phi(k)^T v and its sum of phi(k) to `kv` and `mass`."""
-    _zero_at_first_tile(kv, mass)
-    valid = _valid_rows(lengths, k)
+def state_kernel(valid, k, v, weight, kv, mass):
+    """Adds the chunk's phi(k)^T v and its sum of phi(k) to `kv` and `mass`."""
     for head, lanes in _heads(k, weight):
-        phi = _features(k[0, :, lanes], weight[head])
+        phi = _features(k[:, lanes], weight[head])
         phi = jnp.where(valid, phi, 0).astype(k.dtype)
-        values = jnp.where(valid, v[0, :, lanes], 0)
-        kv[0, head] += _dot(phi, values, 0, 0)
-        mass[0, head] += _sum_rows(phi.astype(jnp.float32))
+        values = jnp.where(valid, v[:, lanes], 0)
+        kv[head] += _dot(phi, values, 0, 0)
+        mass[head] += _sum_rows(phi.astype(jnp.float32))
 
 
-def apply_kernel(_lengths, q, weight, mean, mass, out):
-    """Mixes the features' mean values by the tile's queries."""
+def apply_kernel(valid, q, weight, mean, mass, out):
+    """Mixes the features' mean values by the chunk's queries."""
     for head, lanes in _heads(q, weight):
-        share, _ = _shares(_features(q[0, :, lanes], weight[head]), mass[0, head])
-        out[0, :, lanes] = _dot(share.astype(q.dtype), mean[0, head], 1, 0).astype(out.dtype)
+        share, _ = _shares(_features(q[:, lanes], weight[head]), mass[head])
+        out[:, lanes] = _dot(share.astype(q.dtype), mean[head], 1, 0).astype(out.dtype)
 
 
-def apply_backward_kernel(lengths, q, dout, weight, mean, mass, dq, dweight, dkv, dmass):
-    """Gradient of the tile's queries; adds those of the weight and of the state."""
-    _zero_at_first_tile(dweight, dkv, dmass)
-    valid = _valid_rows(lengths, q)
+def apply_backward_kernel(valid, q, dout, weight, mean, mass, dq, dweight, dkv, dmass):
+    """Gradient of the chunk's queries; adds those of the weight and of the state."""
     for head, lanes in _heads(q, weight):
-        queries = jnp.where(valid, q[0, :, lanes], 0)
-        dout_head = jnp.where(valid, dout[0, :, lanes], 0)
+        queries = jnp.where(valid, q[:, lanes], 0)
+        dout_head = jnp.where(valid, dout[:, lanes], 0)
         phi = _features(queries, weight[head])
-        share, inverse = _shares(phi, mass[0, head])
-        dshare = _dot(dout_head, mean[0, head], 1, 1)
+        share, inverse = _shares(phi, mass[head])
+        dshare = _dot(dout_head, mean[head], 1, 1)
         expected = jnp.sum(share * dshare, axis=1, keepdims=True)
-        dz = _features_backward(phi, mass[0, head] * inverse * (dshare - expected))
+        dz = _features_backward(phi, mass[head] * inverse * (dshare - expected))
         dz = dz.astype(q.dtype)
-        dq[0, :, lanes] = _dot(dz, weight[head], 1, 1).astype(dq.dtype)
-        dweight[0, head] += _dot(queries, dz, 0, 0)
+        dq[:, lanes] = _dot(dz, weight[head], 1, 1).astype(dq.dtype)
+        dweight[head] += _dot(queries, dz, 0, 0)
         scaled = (dout_head.astype(jnp.float32) * inverse).astype(q.dtype)
-        dkv[0, head] += _dot(phi.astype(q.dtype), scaled, 0, 0)
-        dmass[0, head] -= _sum_rows(phi * (expected * inverse))
+        dkv[head] += _dot(phi.astype(q.dtype), scaled, 0, 0)
+        dmass[head] -= _sum_rows(phi * (expected * inverse))
 
 
-def state_backward_kernel(lengths, k, v, weight, dkv, dmass, dk, dv, dweight):
-    """Gradients of the tile's keys and values; adds that of the weight."""
-    _zero_at_first_tile(dweight)
-    valid = _valid_rows(lengths, k)
+def state_backward_kernel(valid, k, v, weight, dkv, dmass, dk, dv, dweight):
+    """Gradients of the chunk's keys and values; adds that of the weight."""
     for head, lanes in _heads(k, weight):
-        keys = jnp.where(valid, k[0, :, lanes], 0)
-        values = jnp.where(valid, v[0, :, lanes], 0)
+        keys = jnp.where(valid, k[:, lanes], 0)
+        values = jnp.where(valid, v[:, lanes], 0)
         phi = jnp.where(valid, _features(keys, weight[head]), 0)
-        dphi = _dot(values, dkv[0, head], 1, 1) + dmass[0, head]
+        dphi = _dot(values, dkv[head], 1, 1) + dmass[head]
         dz = _features_backward(phi, dphi).astype(k.dtype)
-        dk[0, :, lanes] = _dot(dz, weight[head], 1, 1).astype(dk.dtype)
-        dv[0, :, lanes] = _dot(phi.astype(k.dtype), dkv[0, head], 1, 0).astype(dv.dtype)
-        dweight[0, head] += _dot(keys, dz, 0, 0)
+        dk[:, lanes] = _dot(dz, weight[head], 1, 1).astype(dk.dtype)
+        dv[:, lanes] = _dot(phi.astype(k.dtype), dkv[head], 1, 0).astype(dv.dtype)
+        dweight[head] += _dot(keys, dz, 0, 0)
 
 
 def _features(x, weight):
@@ -120,18 +114,3 @@ def _heads(x, weight):
     """Index of each head of the block, and where in the lanes of x it is."""
     heads, head_dim, _ = weight.shape
     return [(head, pl.ds(head * head_dim, head_dim)) for head in range(heads)]
-
-
-def _valid_rows(lengths, x):
-    """Which rows of the tile are tokens: past the last, a tile's memory holds anything."""
-    tile = x.shape[1]
-    start = pl.program_id(2) * tile
-    rows = start + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-    return rows < lengths[pl.program_id(0)]
-
-
-def _zero_at_first_tile(*sums):
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for ref in sums:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
