@@ -22,7 +22,7 @@ def linear_attention(
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
     *,
-    key_lengths: Int[Array, "batch"] | None = None,
+    key_lengths: Int[Array, " batch"] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """phi_q(q) (phi_k(k)^T v) / (phi_q(q) sum phi_k(k)), not causal (LinVideo, eq. 5 and 6).
@@ -52,7 +52,7 @@ def linear_attention_state(
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
     *,
-    key_lengths: Int[Array, "batch"] | None = None,
+    key_lengths: Int[Array, " batch"] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> State:
     """What queries see of these keys; add states of several sets of keys by `combine_states`.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (32, 64, 128, 256)
 MAX_FEATURES = 256
+TILES = TileConfig()
 
 
 def linear_attention(
@@ -33,8 +34,8 @@ def linear_attention(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
-    key_lengths: Int[Array, "batch"] | None = None,
-    config: TileConfig = TileConfig(),
+    key_lengths: Int[Array, " batch"] | None = None,
+    config: TileConfig = TILES,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.linear_attention`.
 
@@ -48,8 +49,8 @@ def linear_attention_state(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
-    key_lengths: Int[Array, "batch"] | None = None,
-    config: TileConfig = TileConfig(),
+    key_lengths: Int[Array, " batch"] | None = None,
+    config: TileConfig = TILES,
 ) -> State:
     """See `interface.linear_attention_state`. Raises: as `linear_attention`."""
     _refuse(k, feature_map.k)
@@ -62,7 +63,7 @@ def apply_state(
     q: Float[Array, "batch tokens heads head_dim"],
     state: State,
     feature_map: FeatureMap,
-    config: TileConfig = TileConfig(),
+    config: TileConfig = TILES,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.apply_state`. Raises: as `linear_attention`."""
     _refuse(q, feature_map.q)
@@ -80,7 +81,7 @@ def _refuse(x: Float[Array, "batch tokens heads head_dim"], weight: Array) -> No
         raise NotImplementedError(f"needs features up to {MAX_FEATURES}, got {weight.shape[-1]}")
 
 
-def _both_signs(weight: Float[Array, "heads head_dim features"]) -> Float[Array, "..."]:
+def _both_signs(weight: Float[Array, "heads head_dim features"]) -> Array:
     weight = weight.astype(jnp.float32)
     return jnp.concatenate([weight, -weight], axis=-1)
 

@@ -93,13 +93,13 @@ class Grid(NamedTuple):
         shape = (self.batch, self.heads, rows, columns)
         return self.sums(jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    def full_lengths(self) -> Int32[Array, "batch"]:
+    def full_lengths(self) -> Int32[Array, " batch"]:
         return jnp.full(self.batch, self.length, jnp.int32)
 
     def run(
         self,
         body: Callable[..., None],
-        lengths: Int32[Array, "batch"],
+        lengths: Int32[Array, " batch"],
         inputs: Sequence[Block],
         outputs: Sequence[Block],
     ) -> list[jax.Array]:

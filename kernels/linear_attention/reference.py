@@ -35,7 +35,7 @@ def linear_attention(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
-    key_lengths: Int[Array, "batch"] | None = None,
+    key_lengths: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.linear_attention`; supports every input."""
     return apply_state(q, linear_attention_state(k, v, feature_map, key_lengths), feature_map)
@@ -45,7 +45,7 @@ def linear_attention_state(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
-    key_lengths: Int[Array, "batch"] | None = None,
+    key_lengths: Int[Array, " batch"] | None = None,
 ) -> State:
     """See `interface.linear_attention_state`; supports every input."""
     k, v = _wide(k), _wide(v)
@@ -67,6 +67,6 @@ def apply_state(
     return (numerator / (denominator[..., None] + EPSILON)).astype(q.dtype)
 
 
-def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _wide(x: Array) -> Array:
     """float16 as float32: a sum over tokens, or its gradient, leaves the range of float16."""
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
