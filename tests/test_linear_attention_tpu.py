@@ -180,9 +180,7 @@ def test_states_of_any_split_combine_to_the_whole(implementation):
 
     def split(q, k, v, feature_map):
         states = [
-            linear_attention_state(
-                k[:, a:b], v[:, a:b], feature_map, implementation=implementation
-            )
+            linear_attention_state(k[:, a:b], v[:, a:b], feature_map, implementation=implementation)
             for a, b in ((0, 1), (1, 37), (37, 50))
         ]
         state = combine_states(*states)
