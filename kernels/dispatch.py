@@ -1,18 +1,42 @@
 """Choice of an implementation: the first of a list that supports the inputs serves."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+T = TypeVar("T")
+
+_target = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """What is traced inside is for platform `name` ("cpu", "gpu" or "tpu"), not for this machine.
+
+    For compilation ahead of time. A function that jit has traced before keeps what it chose.
+    """
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """Platform to choose implementations for: JAX's default, or `compiling_for`'s."""
+    return _target.get() or jax.default_backend()
+
 
 def dispatch(
-    implementations: Mapping[str, Callable[..., jax.Array]],
+    implementations: Mapping[str, Callable[..., T]],
     names: str | Sequence[str] | None,
     *args: Any,
     **kwargs: Any,
-) -> jax.Array:
+) -> T:
     """Calls the first implementation in `names` that accepts the inputs.
 
     `names`: one name, several in order of preference, or None for all in the mapping's order.
@@ -37,7 +61,7 @@ def dispatch(
 
 def einsum_float32(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """Einsum of operands of one dtype, accumulated and returned in float32."""
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # The CPU back end lacks bf16 x bf16 -> f32; the products are exact in float32 anyway.
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from kernels.dispatch import einsum_float32
+from kernels.linear_attention.types import FeatureMap, State
 
 if TYPE_CHECKING:
-    from kernels.linear_attention.interface import FeatureMap
+    from jaxtyping import Array, Float, Int
 
-# Only guards a key set without any mass; the denominator is about keys / features.
+# Added to the denominator, which is about keys / features. It is zero without a key, or where
+# every product of features underflows: the output is zero there, and gradients are finite.
 EPSILON = 1e-12
+# Least divisor of a sum of features, so that one without mass has a mean of zero.
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def hedgehog(
@@ -32,12 +35,38 @@ def linear_attention(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     feature_map: FeatureMap,
+    key_lengths: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.linear_attention`; supports every input."""
-    phi_q = hedgehog(q, feature_map.q)
-    phi_k = hedgehog(k, feature_map.k)
-    state = einsum_float32("bkhf,bkhd->bhfd", phi_k, v).astype(v.dtype)
-    mass = jnp.sum(phi_k, axis=1, dtype=jnp.float32)
-    numerator = einsum_float32("bqhf,bhfd->bqhd", phi_q, state)
-    denominator = jnp.einsum("bqhf,bhf->bqh", phi_q.astype(jnp.float32), mass)
-    return (numerator / (denominator[..., None] + EPSILON)).astype(v.dtype)
+    return apply_state(q, linear_attention_state(k, v, feature_map, key_lengths), feature_map)
+
+
+def linear_attention_state(
+    k: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads head_dim"],
+    feature_map: FeatureMap,
+    key_lengths: Int[Array, " batch"] | None = None,
+) -> State:
+    """See `interface.linear_attention_state`; supports every input."""
+    k, v = _wide(k), _wide(v)
+    phi = hedgehog(k, feature_map.k)
+    if key_lengths is not None:
+        valid = (jnp.arange(k.shape[1]) < key_lengths[:, None])[..., None, None]
+        phi, v = jnp.where(valid, phi, 0), jnp.where(valid, v, 0)
+    mass = jnp.sum(phi, axis=1, dtype=jnp.float32)
+    return State(einsum_float32("bkhf,bkhd->bhfd", phi, v), mass)
+
+
+def apply_state(
+    q: Float[Array, "batch tokens heads head_dim"], state: State, feature_map: FeatureMap
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """See `interface.apply_state`; supports every input."""
+    phi = hedgehog(_wide(q), feature_map.q)
+    numerator = einsum_float32("bqhf,bhfd->bqhd", phi, state.kv.astype(phi.dtype))
+    denominator = jnp.einsum("bqhf,bhf->bqh", phi.astype(jnp.float32), state.mass)
+    return (numerator / (denominator[..., None] + EPSILON)).astype(q.dtype)
+
+
+def _wide(x: Array) -> Array:
+    """float16 as float32: a sum over tokens, or its gradient, leaves the range of float16."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x

@@ -1,8 +1,14 @@
 """Softmax attention by cuDNN's flash attention (NVIDIA GPUs, 16-bit inputs)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def softmax_attention(

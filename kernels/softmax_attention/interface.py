@@ -1,12 +1,17 @@
 """Softmax attention as a function of arrays."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
-from jaxtyping import Array, Float
 
 from kernels.dispatch import dispatch
 from kernels.softmax_attention import cudnn, reference
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = {
     "cudnn": cudnn.softmax_attention,

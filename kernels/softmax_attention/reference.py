@@ -1,10 +1,16 @@
 """Softmax attention in plain JAX: the semantics every other implementation is tested against."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from kernels.dispatch import einsum_float32
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def softmax_attention(

@@ -1,0 +1,42 @@
+"""Compilation for a TPU that is not there: on any machine where libtpu is installed."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from kernels.dispatch import compiling_for
+
+# What a kernel may use by the compiler's default, on each of these kinds at least.
+VMEM_LIMIT = 16 * 2**20
+# The smallest topology of each kind.
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def compile_for_tpu(function: Callable[..., Any], *shapes: Any, kind: str) -> jax.stages.Compiled:
+    """`function` of arrays of these shapes (trees of ShapeDtypeStruct) compiled for one chip.
+
+    `kind`: of TOPOLOGIES.
+    """
+    # Else libtpu asks a metadata server, which only cloud machines have, about this machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
+    sharding = jax.sharding.SingleDeviceSharding(chips.devices[0])
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    with compiling_for("tpu"):
+        return jax.jit(function).lower(*placed).compile()
+
+
+def kernel_vmem(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of VMEM that each Pallas kernel of a TPU program uses, both halves of buffers."""
+    sizes = {}
+    for line in compiled.as_text().splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line).group(1)
+            sizes[line.split("=")[0].strip()] = int(re.search(r'"size":"(\d+)"', used).group(1))
+    return sizes
