@@ -22,7 +22,7 @@ help:
 	@echo "PYTHON=python3.12 picks the Python (3.11 or newer); PIP_FLAGS goes to pip install."
 
 demo: $(SET_UP)
-	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
+	JAX_PLATFORMS=cpu $(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
 	@echo "The report is $(WORKDIR)/report.html: open it in a browser."
 
 test: $(SET_UP_TEST)

@@ -160,9 +160,7 @@ def test_dmd_has_the_gradient_of_the_divergence_of_noised_samples(steps, t):
     def loss(b):
         x_0, _ = objectives.rollout(linear(b), start, jnp.ones(4), steps)
         score = linear(of_gaussian(q, t))
-        return objectives.distribution_matching_at_zero(
-            x_0, noise, times, score, teacher, "paper"
-        )
+        return objectives.distribution_matching_at_zero(x_0, noise, times, score, teacher, "paper")
 
     def divergence(b):
         return kl(variance(t, scale(b)), variance(t))

@@ -121,7 +121,9 @@ def test_intervals():
     right = np.arange(100) < 90
     low, high = agreement.wilson(right)
     assert abs(low - 0.8256) < 1e-3 and abs(high - 0.9448) < 1e-3
-    before, after = np.arange(100) < 40, np.arange(100) < 80
-    gap, low, high = agreement.gap_closed(right, before, after)
+    trio = [right[None], np.arange(100)[None] < 40, np.arange(100)[None] < 80]
+    gap, low, high = agreement.gap_closed(*trio)
     assert abs(gap - 0.8) < 1e-9 and 0.6 < low < 0.8 < high < 1
-    assert np.isnan(agreement.gap_closed(right, right, right)).all()
+    # Seeds that all do the same add nothing to what is known of the prompts.
+    assert agreement.gap_closed(*(np.repeat(one, 3, 0) for one in trio)) == (gap, low, high)
+    assert np.isnan(agreement.gap_closed(*[trio[0]] * 3)).all()

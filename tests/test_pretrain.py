@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from linvideo_jax import checkpoints, loop
+from linvideo_jax.data import captions
 from linvideo_jax.errors import UserError
-from linvideo_jax.models import registry
-from linvideo_jax.models.umt5 import UMT5Config
-from linvideo_jax.models.vae import VAEConfig
-from linvideo_jax.models.wan import WanConfig
+from linvideo_jax.models import module, registry
+from linvideo_jax.models.tokenizer_training import build
+from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
+from linvideo_jax.models.vae import VAEConfig, WanVAE
+from linvideo_jax.models.wan import WanConfig, WanTransformer
 from linvideo_jax.stages import pretrain
 from linvideo_jax.stages.pretrain import vae as vae_training
 
@@ -87,18 +89,28 @@ def test_parts_then_a_piece_from_the_weights_alone(config, tmp_path):
 
 def test_a_decoder_alone_keeps_the_latents(config, tmp_path):
     """The statistics too, for they are part of what a trained transformer sees."""
+    sizes = tiny()
+    parts = {
+        "transformer": module.init(WanTransformer, sizes.transformer, 0),
+        "vae": module.init(WanVAE, sizes.vae, 0),
+        "text_encoder": module.init(UMT5Encoder, sizes.text_encoder, 0),
+    }
+    build(captions.vocabulary(), tmp_path / "tokenizer")
+    checkpoints.save(
+        tmp_path / "first",
+        config=checkpoints.make_config(sizes.transformer, sizes.vae, sizes.text_encoder),
+        tokenizer=tmp_path / "tokenizer",
+        **parts,
+    )
+    config.checkpoint = str(tmp_path / "first")
     config.pretrain.parts = ("vae",)
-    config.pretrain.vae.update(num_steps=2)
-    pretrain.run(config, tmp_path / "first")
-    made = checkpoints.load(tmp_path / "first" / "final", ("vae",))
-    config.checkpoint = str(tmp_path / "first" / "final")
-    config.pretrain.vae.freeze_encoder = True
+    config.pretrain.vae.update(num_steps=2, freeze_encoder=True)
     pretrain.run(config, tmp_path / "second")
     later = checkpoints.load(tmp_path / "second" / "final", ("vae",))
-    assert later.vae_config == made.vae_config
+    assert later.vae_config == sizes.vae
     for name, part in later.vae.items():
-        same = jax.tree.map(np.array_equal, part, made.vae[name])
-        assert all(jax.tree.leaves(same)) == (name in ("encoder", "quant_conv")), name
+        same = jax.tree.leaves(jax.tree.map(np.array_equal, part, parts["vae"][name]))
+        assert all(same) == (name in ("encoder", "quant_conv")), name
 
 
 def test_pieces_of_minutes_fit_their_time_and_keep_their_plan(tmp_path):

@@ -151,6 +151,9 @@ def test_interrupted_says_how_to_go_on(run, monkeypatch, stop, words):
 
     monkeypatch.setattr(stages, "run", interrupted)
     before = signal.getsignal(signal.SIGTERM)
+    # A shell starts its background jobs, as these tests may be, with SIGINT ignored.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     code, _, err = run()
+    signal.signal(signal.SIGINT, ours)
     assert code == 130 and err == f"interrupted: {words}the same command goes on from there\n"
     assert signal.getsignal(signal.SIGTERM) is before

@@ -39,17 +39,18 @@ def wilson(right: Bool[np.ndarray, " videos"], z: float = 1.96) -> tuple[float, 
 
 
 def gap_closed(
-    teacher: Bool[np.ndarray, " videos"],
-    before: Bool[np.ndarray, " videos"],
-    after: Bool[np.ndarray, " videos"],
+    teacher: Bool[np.ndarray, "seeds prompts"],
+    before: Bool[np.ndarray, "seeds prompts"],
+    after: Bool[np.ndarray, "seeds prompts"],
     samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """(after - before) / (teacher - before) of three paired sets, and its 95% bootstrap interval.
 
-    The videos are resampled together, for they share prompts and noise. NaN without a gap.
+    Prompts are resampled, each with all its seeds and all three models, for these are not
+    independent of each other. NaN without a gap.
     """
-    table = np.stack([teacher, before, after]).astype(np.float64)
+    table = np.stack([teacher, before, after]).mean(1)
 
     def ratio(means: Float[np.ndarray, "3 *samples"]):
         gap = means[0] - means[1]

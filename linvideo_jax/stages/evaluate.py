@@ -203,7 +203,7 @@ def gap(name: str, seeds: tuple[int, ...], columns: dict[tuple[str, int], Column
     trio = (TEACHER, before_name(name), name)
 
     def right(contender, some):
-        return np.concatenate([columns[contender, seed]["right.all"] for seed in some])
+        return np.stack([columns[contender, seed]["right.all"] for seed in some])
 
     def closed(some):
         figures = agreement.gap_closed(*(right(one, some) for one in trio))

@@ -37,9 +37,7 @@ def run(config, workdir: Path) -> None:
     num_layers = teacher.wan_config.num_layers
     if not 1 <= own.width <= num_layers:
         raise UserError(f"profile.width is {own.width}: choose 1 to {num_layers}.")
-    ranges = [
-        list(range(first, first + own.width)) for first in range(num_layers - own.width + 1)
-    ]
+    ranges = [list(range(first, first + own.width)) for first in range(num_layers - own.width + 1)]
     mark = evaluation.fingerprint(
         turns.mark(teacher, "transformer"), own.to_dict(), settings.to_dict(), config.seed,
         config.dtype, config.evaluate.to_dict() if own.num_prompts else None,

@@ -41,8 +41,7 @@ def _check_layers(layers: tuple, target: int, num_layers: int) -> None:
     unknown = [layer for layer in layers if layer not in range(num_layers)]
     if unknown:
         raise UserError(
-            f"transfer.layers names layer {unknown[0]}: the model has layers 0 to "
-            f"{num_layers - 1}."
+            f"transfer.layers names layer {unknown[0]}: the model has layers 0 to {num_layers - 1}."
         )
     if len(set(layers)) != len(layers) or len(layers) != target:
         raise UserError(
