@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     # Scores move until `round_at`, then the rounded model is trained.
     transfer.round_at = 1400
     transfer.r_init = 0.9  # the paper: at or near 1; at 1 the linear branch has no gradient
-    transfer.r_learning_rate = 0.3  # plain gradient descent, with lambda: simulated, docs/method.md
+    transfer.r_learning_rate = 0.3  # plain descent; every score ended at 0 or 1
     transfer.lambda_ = 0.03  # the paper: 0.01, and 0.001 to 0.1 change the result by about 1%
     transfer.alpha = (20.0, 2.0, 0.6)  # the paper: 20 to 2; reached at 60% of the scores' time
     transfer.freeze_steps = 0  # updates within 0.02 of 0 or 1 that freeze a layer; 0: none does

@@ -227,3 +227,4 @@ if __name__ == "__main__":
     folder = Path(parser.parse_args().folder)
     write_prompts(folder / "prompts_digits_train.txt", 1000, "train", seed=1)
     write_prompts(folder / "prompts_digits_test.txt", 256, "test", seed=2)
+    write_prompts(folder / "prompts_digits_test_81.txt", 256, "test", seed=2, num_frames=81)
