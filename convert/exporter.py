@@ -111,15 +111,21 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in keys if key in config}
 
 
+def write_maps(new: Path, arrays: dict[str, LazyArray]) -> bool:
+    """Moves the feature maps out of `arrays` into linvideo.safetensors; whether there are any."""
+    maps = {key: arrays.pop(key) for key in list(arrays) if FEATURE_MAP in key}
+    if maps:
+        tensors.write(new / f"{FEATURE_MAPS}.safetensors", maps)
+    return bool(maps)
+
+
 def _write_part(new: Path, part: str, config: Mapping[str, Any], flat: Flat) -> None:
     torch = torch_arrays(part, flat)
-    maps = {key: torch.pop(key) for key in list(torch) if FEATURE_MAP in key}
+    write_maps(new, torch)
     folder = new / part
     folder.mkdir()
     with Progress(part, sum(a.nbytes for a in torch.values()), unit="B") as progress:
         tensors.write(folder / f"{STEMS[part]}.safetensors", torch, progress.add)
-    if maps:
-        tensors.write(new / f"{FEATURE_MAPS}.safetensors", maps)
     if part == "text_encoder":
         extra = {**TEXT_ENCODER, "dtype": str(flat["shared.embedding"].dtype)}
     else:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from convert import original, pickles, tensors
-from convert.exporter import torch_arrays, write_extras, write_json
-from convert.sources import FEATURE_MAPS, ORIGINAL_T5, ORIGINAL_TOKENIZER, ORIGINAL_VAE, STEMS
+from convert.exporter import torch_arrays, write_extras, write_json, write_maps
+from convert.sources import ORIGINAL_T5, ORIGINAL_TOKENIZER, ORIGINAL_VAE, STEMS
 from linvideo_jax import folders
 from linvideo_jax.errors import UserError
 from linvideo_jax.lazy import LazyArray
-from linvideo_jax.parts import FEATURE_MAP, Flat
+from linvideo_jax.parts import Flat
 
 # The length to which the original pads texts.
 TEXT_LENGTH = 512
@@ -36,16 +36,14 @@ def write_original(
         raise UserError("the VAE has other levels than Wan2.1's: the original cannot load it.")
     with folders.replaced(folder) as new:
         arrays = torch_arrays("transformer", flat["transformer"])
-        maps = {key: arrays.pop(key) for key in list(arrays) if FEATURE_MAP in key}
-        if maps:
-            tensors.write(new / f"{FEATURE_MAPS}.safetensors", maps)
+        linear = write_maps(new, arrays)
         renamed = _renamed("transformer", arrays, config)
         tensors.write(new / f"{STEMS['transformer']}.safetensors", renamed)
         write_json(new / "config.json", _config(config))
         for part, name in _FILES.items():
             pickles.write(new / name, _renamed(part, torch_arrays(part, flat[part]), config))
         shutil.copytree(tokenizer, new / ORIGINAL_TOKENIZER)
-        write_extras(new, config, manifest, "original", bool(maps))
+        write_extras(new, config, manifest, "original", linear)
 
 
 def _renamed(

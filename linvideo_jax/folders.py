@@ -21,20 +21,24 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path, flag: str) -> None:
-    """UserError that names `flag` if `folder` cannot be made and written to; nothing is created."""
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
+    return existing
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """UserError that names `flag` if `folder` cannot be made and written to; nothing is created."""
+    existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"the folder {folder} cannot be written: choose another {flag}.")
 
 
 def check_space(folder: Path, size: int) -> None:
     """UserError if the disk of `folder`, which need not be there yet, has fewer bytes free."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = _existing(folder)
     disk = shutil.disk_usage(existing)
     if disk.free < size and disk.total > 0:  # some mounts do not say how large they are
         needed, free = f"{size / 1e9:,.1f} GB", f"{disk.free / 1e9:,.1f} GB"

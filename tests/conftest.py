@@ -1,6 +1,7 @@
 """A tiny random WanPipeline of diffusers, saved once a session."""
 
 import logging
+import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,3 +115,20 @@ def tiny_pipeline(tmp_path_factory) -> TinyPipeline:
     }
     (folder / "saved" / "config.json").write_text(json.dumps(defaults))
     return TinyPipeline(pipeline, folder / "saved")
+
+
+@pytest.fixture(scope="session")
+def ours(tiny_pipeline, tmp_path_factory) -> Path:
+    """The tiny pipeline, converted."""
+    from convert import from_torch
+
+    out = tmp_path_factory.mktemp("convert") / "ours"
+    words = [f"--source={tiny_pipeline.folder}", f"--out={out}"]
+    assert from_torch.main(["from_torch.py", *words]) == 0
+    return out
+
+
+@pytest.fixture
+def source(tiny_pipeline, tmp_path) -> Path:
+    """A copy of the tiny pipeline's folder, to be damaged."""
+    return shutil.copytree(tiny_pipeline.folder, tmp_path / "source")

@@ -49,20 +49,6 @@ def assert_bit_exact(folder, other):
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_pipeline, tmp_path_factory):
-    """The tiny pipeline, converted."""
-    out = tmp_path_factory.mktemp("convert") / "ours"
-    assert run(from_torch, source=tiny_pipeline.folder, out=out) == 0
-    return out
-
-
-@pytest.fixture
-def source(tiny_pipeline, tmp_path):
-    """A copy of the tiny pipeline's folder, to be damaged."""
-    return shutil.copytree(tiny_pipeline.folder, tmp_path / "source")
-
-
-@pytest.fixture(scope="module")
 def student(tiny_pipeline, tmp_path_factory):
     """A checkpoint of ours, bfloat16, whose layer 1 is linear with random feature maps."""
     checkpoint = checkpoints.load(tiny_pipeline.folder)

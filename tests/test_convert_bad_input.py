@@ -24,20 +24,6 @@ def run(program, *words, **flags) -> int:
     return program.main(["program", *words, *given])
 
 
-@pytest.fixture(scope="module")
-def ours(tiny_pipeline, tmp_path_factory):
-    """The tiny pipeline, converted."""
-    out = tmp_path_factory.mktemp("convert") / "ours"
-    assert run(from_torch, source=tiny_pipeline.folder, out=out) == 0
-    return out
-
-
-@pytest.fixture
-def source(tiny_pipeline, tmp_path):
-    """A copy of the tiny pipeline's folder, to be damaged."""
-    return shutil.copytree(tiny_pipeline.folder, tmp_path / "source")
-
-
 def edit_json(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 

@@ -20,12 +20,20 @@ EPSILON = 1e-12
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
+def project(
+    x: Float[Array, "batch tokens heads head_dim"],
+    weight: Float[Array, "heads head_dim features"],
+) -> Float[Array, "batch tokens heads features"]:
+    """x W of every head, float32."""
+    return einsum_float32("bthd,hdf->bthf", x, weight.astype(x.dtype))
+
+
 def hedgehog(
     x: Float[Array, "batch tokens heads head_dim"],
     weight: Float[Array, "heads head_dim features"],
 ) -> Float[Array, "batch tokens heads double_features"]:
     """[softmax(x W), softmax(-x W)], in float32, rounded to x's dtype."""
-    y = einsum_float32("bthd,hdf->bthf", x, weight.astype(x.dtype))
+    y = project(x, weight)
     features = jnp.concatenate([jax.nn.softmax(y), jax.nn.softmax(-y)], axis=-1)
     return features.astype(x.dtype)
 
@@ -53,18 +61,31 @@ def linear_attention_state(
     if key_lengths is not None:
         valid = (jnp.arange(k.shape[1]) < key_lengths[:, None])[..., None, None]
         phi, v = jnp.where(valid, phi, 0), jnp.where(valid, v, 0)
-    mass = jnp.sum(phi, axis=1, dtype=jnp.float32)
-    return State(einsum_float32("bkhf,bkhd->bhfd", phi, v), mass)
+    return state_of_features(phi, v)
 
 
 def apply_state(
     q: Float[Array, "batch tokens heads head_dim"], state: State, feature_map: FeatureMap
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.apply_state`; supports every input."""
-    phi = hedgehog(_wide(q), feature_map.q)
+    return apply_to_features(hedgehog(_wide(q), feature_map.q), state).astype(q.dtype)
+
+
+def state_of_features(
+    phi: Float[Array, "batch keys heads features"], v: Float[Array, "batch keys heads head_dim"]
+) -> State:
+    """The state of keys whose features are phi, whatever map they come from."""
+    mass = jnp.sum(phi, axis=1, dtype=jnp.float32)
+    return State(einsum_float32("bkhf,bkhd->bhfd", phi, v), mass)
+
+
+def apply_to_features(
+    phi: Float[Array, "batch tokens heads features"], state: State
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """phi state.kv / (phi state.mass), float32, of queries whose features are phi."""
     numerator = einsum_float32("bqhf,bhfd->bqhd", phi, state.kv.astype(phi.dtype))
     denominator = jnp.einsum("bqhf,bhf->bqh", phi.astype(jnp.float32), state.mass)
-    return (numerator / (denominator[..., None] + EPSILON)).astype(q.dtype)
+    return numerator / (denominator[..., None] + EPSILON)
 
 
 def _wide(x: Array) -> Array:

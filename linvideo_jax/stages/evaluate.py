@@ -45,9 +45,7 @@ def run(config, workdir: Path) -> None:
     said = evaluation.said_by(prompts)
     judge = classifier.load(own.classifier, own.reads)
     teacher = checkpoints.load(config.checkpoint)
-    settings = Settings.of(
-        teacher, height=own.height, width=own.width, num_frames=own.num_frames, **own.sampling
-    )
+    settings = sampling_settings(own, teacher)
     field = evaluation.contenders(teacher, workdir, own.others, own.get("others_before", True))
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
@@ -102,6 +100,13 @@ def chosen_prompts(own) -> list[str]:
             f"{own.prompts} has {len(prompts)} prompts: choose evaluate.num_prompts up to that."
         )
     return prompts[: own.num_prompts]
+
+
+def sampling_settings(own, teacher: checkpoints.Checkpoint) -> Settings:
+    """How all contenders are sampled: as `config.evaluate` says, else as the teacher's defaults."""
+    return Settings.of(
+        teacher, height=own.height, width=own.width, num_frames=own.num_frames, **own.sampling
+    )
 
 
 def _remember_one(decode: Callable) -> Callable[[Videos], np.ndarray]:

@@ -19,11 +19,10 @@ from linvideo_jax import checkpoints, evaluation, loop, optimizers, turns
 from linvideo_jax.errors import UserError
 from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import classifier
-from linvideo_jax.pipeline import Settings
 from linvideo_jax.progress import Progress
 from linvideo_jax.report.profile import figure
 from linvideo_jax.stages import collect, transfer
-from linvideo_jax.stages.evaluate import chosen_prompts
+from linvideo_jax.stages.evaluate import chosen_prompts, sampling_settings
 from linvideo_jax.transfer import samples, selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at
 
@@ -119,9 +118,7 @@ class Bench:
 
     def _fit_maps(self, folder: Path) -> training.State:
         settings, recipe = self._settings, self._recipe
-        schedule = optimizers.warmup_cosine(
-            settings.warmup_learning_rate, settings.warmup_steps, 1, 0.1
-        )
+        schedule = training.warmup_schedule(settings)
 
         def step(state, i):
             knobs = knobs_at(settings, i, schedule(i), self._guidance_scale, False)
@@ -144,13 +141,7 @@ class Bench:
         self._prompts = chosen_prompts(evaluate)
         self._said = evaluation.said_by(self._prompts)
         self._judge = classifier.load(evaluate.classifier, "latents")
-        self._sampling = Settings.of(
-            self._teacher,
-            height=evaluate.height,
-            width=evaluate.width,
-            num_frames=evaluate.num_frames,
-            **evaluate.sampling,
-        )
+        self._sampling = sampling_settings(evaluate, self._teacher)
         # A batch is always full: a larger one would only be padding.
         self._batch_size = min(evaluate.batch_size, evaluate.num_prompts)
         self._sample_seed = evaluate.seeds[0]

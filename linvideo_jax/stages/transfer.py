@@ -63,9 +63,7 @@ def run(config, workdir: Path) -> None:
         settings.lr_warmup_steps,
         settings.final_learning_rate,
     )
-    maps_schedule = optimizers.warmup_cosine(
-        settings.warmup_learning_rate, settings.warmup_steps, 1, 0.1
-    )
+    maps_schedule = training.warmup_schedule(settings)
     seed = jax.random.key(config.seed)
 
     def step_of_run(state, step):

@@ -19,6 +19,9 @@ from linvideo_jax.transfer.samples import Batch, Data
 
 State = dict[str, Any]
 
+MAPS_OPTIMIZER = optax.adam(1.0, b2=0.99)  # of the feature maps, in the warm-up and after it
+SCORE_OPTIMIZER = optax.adam(1.0, b1=0.0, b2=0.999)  # as distillation codes train their critics
+
 
 def student_config(teacher: wan.WanConfig) -> wan.WanConfig:
     """The teacher's sizes with feature maps in every layer."""
@@ -40,13 +43,9 @@ def weights_optimizer(clip_norm: float) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.multi_transform(
-            {"weights": optimizers.muon_with_adam(), "maps": optax.adam(1.0, b2=0.99)}, group
+            {"weights": optimizers.muon_with_adam(), "maps": MAPS_OPTIMIZER}, group
         ),
     )
-
-
-MAPS_OPTIMIZER = optax.adam(1.0, b2=0.99)
-SCORE_OPTIMIZER = optax.adam(1.0, b1=0.0, b2=0.999)  # as distillation codes train their critics
 
 
 def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> State:
@@ -205,6 +204,11 @@ def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, kno
     }
     metrics |= {"r": r, "mixed_layers": jnp.sum(mode == wan.MIX)} | more
     return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
+
+
+def warmup_schedule(settings) -> optax.Schedule:
+    """The rate of `warmup` at each of its steps."""
+    return optimizers.warmup_cosine(settings.warmup_learning_rate, settings.warmup_steps, 1, 0.1)
 
 
 @partial(jax.jit, static_argnames="recipe")
