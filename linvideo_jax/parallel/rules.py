@@ -33,11 +33,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
     A matrix whose own axis does not divide is shared along its next one that does.
     """
-    for pattern, wanted in _RULES:
-        if pattern.search(name):
-            break
-    else:
-        return PartitionSpec()
+    wanted = next((spec for pattern, spec in _RULES if pattern.search(name)), ())
     if len(wanted) != len(shape):
         return PartitionSpec()
     for axis, name_of_axis in enumerate(wanted):
