@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.transfer import scores
 
@@ -24,8 +25,8 @@ CHOICES = {
 class Recipe:
     """Static: another value is another program. Rows that differ in `Knobs` alone share one.
 
-    sampler: of the stored trajectories; dtype: of the matrix products; the rest are fields of
-    `config.transfer`.
+    sampler: of the stored trajectories; dtype: of the matrix products; layout: of the mesh, None on
+    one device; the rest are fields of `config.transfer`.
     """
 
     student: WanConfig
@@ -40,9 +41,18 @@ class Recipe:
     clip_norm: float
     score_updates: int
     rollout_steps: int
+    layout: Layout | None = None
 
     @classmethod
-    def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
+    def of(
+        cls,
+        settings,
+        student: WanConfig,
+        teacher: WanConfig,
+        sampler: str,
+        dtype,
+        layout: Layout | None = None,
+    ) -> "Recipe":
         """From `config.transfer`; UserError for a choice that is unknown or a count below 1."""
         for name, known in CHOICES.items():
             if settings[name] not in known:
@@ -55,7 +65,7 @@ class Recipe:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
         fields = (*CHOICES, *counts, "remat", "clip_norm")
         own = {name: settings[name] for name in fields}
-        return cls(student, teacher, sampler, np.dtype(dtype), **own)
+        return cls(student, teacher, sampler, np.dtype(dtype), **own, layout=layout)
 
     @property
     def has_score_network(self) -> bool:

@@ -83,7 +83,7 @@ def network(
     def velocity(x, t, text, text_lengths):
         time = samples.network_time(t, recipe.sampler)
         options = {"r": r, "mode": mode, "dtype": recipe.dtype, "remat": remat}
-        return model(x, time, text, text_lengths, **options)
+        return model(x, time, text, text_lengths, **options, layout=recipe.layout)
 
     return velocity
 
@@ -223,9 +223,8 @@ def warmup(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
     def error(maps):
         model = bind(wan.WanTransformer, recipe.student, with_maps(maps))
         time = samples.network_time(batch.t_from, recipe.sampler)
-        errors = model.attention_errors(
-            batch.x, time, batch.text, batch.text_lengths, dtype=recipe.dtype
-        )
+        inputs = batch.x, time, batch.text, batch.text_lengths
+        errors = model.attention_errors(*inputs, dtype=recipe.dtype, layout=recipe.layout)
         return jnp.sum(errors), errors
 
     maps = state["params"]["blocks"]["attn1"]["feature_map"]
