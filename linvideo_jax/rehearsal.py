@@ -17,6 +17,7 @@ from linvideo_jax.models import registry, wan
 from linvideo_jax.models.module import shapes
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel import rules
+from linvideo_jax.parallel.layout import layout_of
 from linvideo_jax.transfer import training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at
 
@@ -64,11 +65,14 @@ def problem(config) -> Problem:
     return Problem(models, sampling, latents)
 
 
-def recipe(config, given: Problem) -> Recipe:
-    """The recipe of stage transfer; UserError as `Recipe.of`."""
+def recipe(config, given: Problem, mesh: Mesh) -> Recipe:
+    """The recipe of stage transfer; UserError as `Recipe.of` and `layout_of`."""
     teacher = given.models.transformer
     student = training.student_config(teacher)
-    return Recipe.of(config.transfer, student, teacher, given.sampling["sampler"], config.dtype)
+    exchange = (config.get("mesh") or {}).get("exchange", "auto")
+    layout = layout_of(mesh, teacher.num_attention_heads, exchange)
+    sampler = given.sampling["sampler"]
+    return Recipe.of(config.transfer, student, teacher, sampler, config.dtype, layout)
 
 
 def arguments(config, made: Recipe, given: Problem) -> tuple[Tree, ...]:
