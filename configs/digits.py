@@ -63,8 +63,18 @@ def get_config() -> ConfigDict:
     transfer.lr_warmup_steps = 50
     transfer.feature_map_rate = 3.0  # times the rate of the weights
     transfer.clip_norm = 1.0
-    transfer.remat = True
+    # muon (for the matrices of the layers, Adam for the rest) or adamw; decay of matrices alone.
+    transfer.optimizer = "muon"
+    transfer.weight_decay = 0.0
+    transfer.accumulate = 1  # parts of a batch, one after the other, whose gradients are averaged
+    transfer.ema_decay = 0.0  # of the weights' moving average; 0: none is kept
+    transfer.final_weights = "raw"  # what the student is made of: raw, or ema
+    # What the backward pass keeps of a layer: none (all), products (those with weights), full (the
+    # layer's input), offload (that, in the host's memory).
+    transfer.remat = "products"
     transfer.save_every = 1000
+    transfer.keep = 2  # of the newest states
+    transfer.best = ""  # a metric: the state where it was least is kept too
     transfer.log_every = 50
 
     config.profile = profile = ConfigDict()  # not among the stages above: selection "grid" needs it

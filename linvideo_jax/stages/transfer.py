@@ -48,6 +48,7 @@ def run(config, workdir: Path) -> None:
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
+    final = final_weights(settings)
     collection = collect.read(workdir)
     wan_config = training.student_config(teacher.wan_config)
     recipe = Recipe.of(settings, wan_config, teacher.wan_config, collection.sampler, config.dtype)
@@ -101,13 +102,25 @@ def run(config, workdir: Path) -> None:
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state["params"]),
+        transformer=jax.device_get(state[final]),
         vae=teacher.vae,
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
     )
+
+
+def final_weights(settings) -> str:
+    """Where in the state the student's weights are; UserError for an average that is not kept."""
+    known = {"raw": "params", "ema": "ema"}
+    if settings.final_weights not in known:
+        raise UserError(
+            f"transfer.final_weights is {settings.final_weights!r}: choose one of raw, ema."
+        )
+    if settings.final_weights == "ema" and not settings.ema_decay:
+        raise UserError("transfer.final_weights is 'ema': set transfer.ema_decay above 0, too.")
+    return known[settings.final_weights]
 
 
 def score_network(folder: str, teacher: checkpoints.Checkpoint) -> Params:
