@@ -2,6 +2,7 @@
 
 python train.py --config=configs/demo.py --workdir=runs/demo
 python train.py --config=configs/digits.py --workdir=runs/digits --config.transfer.target=4
+python train.py --config=configs/wan14b.py --plan=v5p:4x4x4
 
 Any field of the configuration can be set on the command line. Every stage goes on where it stopped:
 after an interruption, give the same command again.
@@ -13,11 +14,12 @@ from pathlib import Path
 
 from absl import logging
 
-from linvideo_jax import command_line, config_files, folders, stages
+from linvideo_jax import command_line, config_files, folders, plan, stages
 
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
     "workdir": (None, "folder of all that the run makes"),
+    "plan": (None, "machine to plan stage transfer for, v5p:4x4x4, h100:32 or here; nothing runs"),
 }
 
 
@@ -25,8 +27,10 @@ def train(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input, before anything is written."""
     argv, overrides = config_files.split(argv)
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
-    command_line.required(given, "config", "workdir")
+    command_line.required(given, "config", *([] if given["plan"] else ["workdir"]))
     config = config_files.override(config_files.load(given["config"]), overrides)
+    if given["plan"]:
+        raise SystemExit(plan.run(config, given["plan"]))
     folders.check_writable(Path(given["workdir"]), "--workdir")
     logging.set_verbosity(logging.WARNING)
     stages.run(config, Path(given["workdir"]))

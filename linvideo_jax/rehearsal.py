@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from convert.sources import SAMPLING
 from linvideo_jax import pipeline
@@ -55,7 +54,7 @@ def problem(config) -> Problem:
     models = registry.sizes(config.model)
     given = config.collect.sampling.to_dict() if "collect" in config else {}
     other = config.get("evaluate") or {}
-    sampling = {name: value for name, value in SAMPLING.items()} | given
+    sampling = SAMPLING | given
     for name in ("height", "width", "num_frames"):
         sampling[name] = given.get(name) or other.get(name)
         if not sampling[name]:
@@ -65,7 +64,7 @@ def problem(config) -> Problem:
     return Problem(models, sampling, latents)
 
 
-def recipe(config, given: Problem, mesh: Mesh) -> Recipe:
+def recipe(config, given: Problem, mesh: Mesh | AbstractMesh) -> Recipe:
     """The recipe of stage transfer; UserError as `Recipe.of` and `layout_of`."""
     teacher = given.models.transformer
     student = training.student_config(teacher)
@@ -79,12 +78,12 @@ def arguments(config, made: Recipe, given: Problem) -> tuple[Tree, ...]:
     """(state, teacher_params, data, knobs, key) of `training.update`, as ShapeDtypeStructs."""
     settings = config.transfer
     teacher = shapes(wan.WanTransformer, made.teacher)
-    own = jax.eval_shape(lambda p: training.initial_state(settings, made.student, p), teacher)
+    state = jax.eval_shape(lambda p: training.initial_state(settings, made.student, p), teacher)
     data = _data(made, given)
-    own |= jax.eval_shape(lambda d, p: training.objectives_state(made, p, d), data, teacher)
+    state |= jax.eval_shape(lambda p, d: training.objectives_state(made, p, d), teacher, data)
     knobs = knobs_at(settings, 0, settings.learning_rate, 1.0, True)
     knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.result_type(x)), knobs)
-    return own, teacher, data, knobs, jax.eval_shape(lambda: jax.random.key(0))
+    return state, teacher, data, knobs, jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _data(made: Recipe, given: Problem) -> Tree:
@@ -93,8 +92,14 @@ def _data(made: Recipe, given: Problem) -> Tree:
     video = jax.ShapeDtypeStruct((batch, *channels), jnp.bfloat16)
     index = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return {
-        "x": video, "u_cond": video, "u_neg": video, "step": index, "prompt": index, "seed": index,
-        "starts": index, "sigmas": jax.ShapeDtypeStruct((51,), jnp.float32),
+        "x": video,
+        "u_cond": video,
+        "u_neg": video,
+        "step": index,
+        "prompt": index,
+        "seed": index,
+        "starts": index,
+        "sigmas": jax.ShapeDtypeStruct((51,), jnp.float32),
         "text": jax.ShapeDtypeStruct((batch, *text), jnp.float32),
         "text_lengths": index,
         "negative_text": jax.ShapeDtypeStruct((1, *text), jnp.float32),
@@ -113,7 +118,9 @@ def placed(arguments: tuple[Tree, ...], mesh: Mesh) -> tuple[Tree, ...]:
     def by_rules(tree):
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            tree, rules.shardings(tree, mesh),
+            tree,
+            rules.shardings(tree, mesh),
         )
+
     rest = jax.tree.map(at(everywhere), (knobs, key))
     return by_rules(state), by_rules(teacher), jax.tree.map(at(everywhere), data), *rest

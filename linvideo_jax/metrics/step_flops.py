@@ -135,4 +135,6 @@ def muon(config: WanConfig, iterations: int = 5) -> float:
         small, large = sorted((rows, columns))
         return iterations * (4 * small**2 * large + 2 * small**3)
 
-    return config.num_layers * (8 * one(config.dim, config.dim) + 2 * one(config.dim, config.ffn_dim))
+    return config.num_layers * (
+        8 * one(config.dim, config.dim) + 2 * one(config.dim, config.ffn_dim)
+    )

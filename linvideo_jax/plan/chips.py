@@ -3,8 +3,11 @@
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import jax
+
+from kernels.ahead_of_time import tpu_chips
 from linvideo_jax.errors import UserError
 
 GIB = 2**30
@@ -52,7 +55,7 @@ EXAMPLES = "v5p:4x4x4, v5e:8x8, v6e:8x8, h100:32 or here"
 
 @dataclass(frozen=True)
 class Machine:
-    """Chips of one kind. `text`: as the user wrote it; `topology`: libtpu's name, for TPUs."""
+    """Chips of one kind; text: as the user wrote it, which is libtpu's name for a TPU slice."""
 
     text: str
     chip: Chip
@@ -95,16 +98,26 @@ def machine(text: str) -> Machine:
     return Machine(text, chip, math.prod(map(int, shape.split("x"))))
 
 
+def here() -> Machine:
+    """JAX's devices on all hosts; a chip that is not in the table has no peaks."""
+    device = jax.devices()[0]
+    kinds = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.device_kind)]
+    chip = max(kinds, key=lambda chip: len(chip.device_kind), default=None)
+    stats = device.memory_stats() or {}
+    memory = stats.get("bytes_limit")
+    if memory is None and device.platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    if chip is None:
+        chip = Chip(device.device_kind, 0.0, memory or 0.0, 0.0, (0.0, 0.0), (0.0, 0.0))
+    elif memory:
+        chip = replace(chip, hbm=memory)
+    return Machine("here", chip, jax.device_count())
+
+
 def tpu_devices(machine: Machine) -> list:
     """Its chips as libtpu describes them; UserError if libtpu is not here or has no such slice."""
-    # Else libtpu asks a metadata server, which only cloud machines have, about this machine, and
-    # refuses a second process, although none of them touches a chip.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.text).devices)
+        return tpu_chips(machine.text)
     except Exception as error:  # whatever libtpu raises
         reason = str(error).split("\n")[0].rstrip(".")
         if "libtpu" in reason.lower():

@@ -45,7 +45,7 @@ class Communication:
 
     def by_kind(self) -> dict[str, tuple[float, float]]:
         """{kind: (calls, bytes that a chip sends)} of one call of the program."""
-        totals = {kind: (0.0, 0.0) for kind in KINDS}
+        totals = dict.fromkeys(KINDS, (0.0, 0.0))
         for one in self.collectives:
             calls, sent = totals[one.kind]
             totals[one.kind] = (calls + one.times, sent + one.sent)

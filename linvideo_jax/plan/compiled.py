@@ -46,7 +46,8 @@ class Compiled:
 
     peak: all that the program needs at once. mixed, rounded: while every layer computes both
     attentions, and after the scores are rounded; None if the compiler refused the program because
-    it does not fit, and then `held` and `peak` are all that is known.
+    it does not fit, and then `held` and `peak` are all that is known. kernels: of attention, in
+    words.
     """
 
     batch_size: int
@@ -54,6 +55,7 @@ class Compiled:
     peak: int
     mixed: Communication | None
     rounded: Communication | None
+    kernels: str
     seconds: float
 
     @property
@@ -63,7 +65,7 @@ class Compiled:
 
 
 def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compiled:
-    """Compiles `training.update` of the configuration for a mesh of devices, real or described.
+    """Compiles `training.update_in_place` of the configuration for a mesh of devices, real or described.
 
     platform: "tpu", "gpu" or "cpu". UserError as `rehearsal.problem` and `rehearsal.recipe`.
     """
@@ -74,14 +76,14 @@ def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compil
     arguments = rehearsal.placed(rehearsal.arguments(config, recipe, given), mesh)
     held = _held(arguments)
     with compiling_for(platform):
-        lowered = training.update.lower(recipe, *arguments)
+        lowered = training.update_in_place.lower(recipe, *arguments)
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             peak = _refused(str(error))
             if peak is None:
                 raise
-            return Compiled(batch_size, held, peak, None, None, time.time() - began)
+            return Compiled(batch_size, held, peak, None, None, "", time.time() - began)
     text = program.as_text()
     return Compiled(
         batch_size,
@@ -89,8 +91,16 @@ def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compil
         _peak(program.memory_analysis()),
         collectives.count(text, mesh.size, (0, 0, 1)),
         collectives.count(text, mesh.size, _shares(config, recipe)),
+        _kernels(text),
         time.time() - began,
     )
+
+
+def _kernels(text: str) -> str:
+    """Which attention a program holds, in words."""
+    softmax = "splash" if "splash" in text else "plain JAX, a part of the queries at a time"
+    linear = "Pallas" if "state_kernel" in text else "plain JAX"
+    return f"softmax by {softmax}, linear by {linear}"
 
 
 def _shares(config, recipe: Recipe) -> tuple[float, float, float]:

@@ -10,10 +10,10 @@ from linvideo_jax.transfer.recipe import Recipe
 _FLOAT32, _BFLOAT16 = 4, 2
 
 
-def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held, parameters: int) -> dict:
+def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held) -> dict:
     """Bytes at the busiest moment, the backward pass, by name; attention without stored logits.
 
-    parameters: of the student, whole. gradients: float32, shared as the weights are. copies: both
+    gradients: float32, shared as the weights are. copies: both
     networks in the dtype of the products. layers: two gathered ones, and the gradient of one.
     kept: what the backward pass keeps of every layer. working: one layer's own arrays.
     """
@@ -25,7 +25,7 @@ def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held, parameters:
     for axis in shared:
         samples //= mesh.shape[axis]
     tokens = samples * -(-given.size.tokens // context)
-    layer = parameters // layers * _BFLOAT16 * (fsdp > 1)
+    layer = _BFLOAT16 * (8 * dim**2 + 2 * dim * ffn) * (fsdp > 1)
     products = {"products": 7 * dim + ffn, "none": 20 * dim + 3 * ffn}.get(recipe.remat, 0)
     kept = 0 if recipe.remat == "offload" else _FLOAT32 * dim
     logits = config.num_attention_heads * given.size.text_tokens
