@@ -1,5 +1,6 @@
 """What a compiled update depends on (`Recipe`), and what may change from call to call (`Knobs`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from linvideo_jax.transfer import scores
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
 OBJECTIVES = ("adm", "adm_score", "mse", "own_points", "dmd")
 WITH_SCORE_NETWORK = ("adm_score", "dmd")
+ONLY_VELOCITY = ("mse", "own_points")  # the others need it for the anchor alone
 CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
@@ -24,14 +26,17 @@ CHOICES = {
 class Recipe:
     """Static: another value is another program. Rows that differ in `Knobs` alone share one.
 
-    sampler: of the stored trajectories; dtype: of the matrix products; the rest are fields of
-    `config.transfer`.
+    dtype: of the matrix products; sampler, sigmas: of the teacher's trajectories; velocity: where
+    the teacher's velocity at x_t' comes from: "stored", the "teacher" (one forward more), or
+    "unused"; the rest are fields of `config.transfer`.
     """
 
     student: WanConfig
     teacher: WanConfig
-    sampler: str
     dtype: np.dtype
+    sampler: str
+    sigmas: tuple[float, ...]
+    velocity: str
     objective: str
     t_to: str
     weighting: str
@@ -42,8 +47,22 @@ class Recipe:
     rollout_steps: int
 
     @classmethod
-    def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
-        """From `config.transfer`; UserError for a choice that is unknown or a count below 1."""
+    def of(
+        cls,
+        settings,
+        student: WanConfig,
+        teacher: WanConfig,
+        dtype,
+        *,
+        sampler: str,
+        sigmas: Sequence[float],
+        store_velocity: str = "both",
+    ) -> "Recipe":
+        """From `config.transfer`, and `config.collect.store_velocity`, what the pairs hold.
+
+        UserError for a choice that is unknown, a count below 1, or velocities that are needed and
+        neither stored nor to be had.
+        """
         for name, known in CHOICES.items():
             if settings[name] not in known:
                 raise UserError(
@@ -55,12 +74,34 @@ class Recipe:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
         fields = (*CHOICES, *counts, "remat", "clip_norm")
         own = {name: settings[name] for name in fields}
-        return cls(student, teacher, sampler, np.dtype(dtype), **own)
+        own |= {"sampler": sampler, "sigmas": tuple(map(float, sigmas))}
+        velocity = _velocity(settings, store_velocity)
+        return cls(student, teacher, np.dtype(dtype), velocity=velocity, **own)
+
+    @property
+    def steps(self) -> int:
+        """Of the grid: pairs of one video."""
+        return len(self.sigmas) - 1
 
     @property
     def has_score_network(self) -> bool:
         """Whether the objective trains a network beside the student."""
         return self.objective in WITH_SCORE_NETWORK
+
+
+def _velocity(settings, store_velocity: str) -> str:
+    """`Recipe.velocity`: stored if it can be, else as cheap as may be."""
+    if store_velocity == "both" or (store_velocity == "cond" and not settings.negative_fraction):
+        return "stored"
+    if settings.objective not in ONLY_VELOCITY and not settings.beta:
+        return "unused"
+    if store_velocity == "cond":
+        raise UserError(
+            f"collect.store_velocity is 'cond', but transfer.negative_fraction is "
+            f"{settings.negative_fraction}, and those samples need the negative prompt's velocity: "
+            "choose store_velocity 'both' or 'none', or negative_fraction 0."
+        )
+    return "teacher"
 
 
 class Knobs(NamedTuple):
