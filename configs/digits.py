@@ -72,10 +72,19 @@ def get_config() -> ConfigDict:
     # What the backward pass keeps of a layer: none (all), products (those with weights), full (the
     # layer's input), offload (that, in the host's memory).
     transfer.remat = "products"
+    # A run stops where its velocity error is above this factor times its running median for so many
+    # steps; 0: never. Making a layer linear raises the error up to (1 / 0.2)^2 times while r falls
+    # from 0.8 to 0; runs that diverged grew without bound.
+    transfer.divergence_factor = 100.0
+    transfer.divergence_steps = 20
     transfer.save_every = 1000
     transfer.keep = 2  # of the newest states
     transfer.best = ""  # a metric: the state where it was least is kept too
     transfer.log_every = 50
+    transfer.report_every = 30.0  # seconds; report.html grows while training
+    transfer.sample_every = 0  # steps; teacher and student from one noise, in the report; 0: none
+    transfer.sample_prompts = 2
+    transfer.profile_at = 0  # a step; a trace of the 3 after it is in state/transfer/profile-trace
 
     config.profile = profile = ConfigDict()  # not among the stages above: selection "grid" needs it
     profile.width = 2  # consecutive layers replaced at a time
