@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, report
 from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
@@ -109,6 +109,7 @@ def run(config, workdir: Path) -> None:
         events=events,
         profile_at=settings.profile_at,
     )
+    report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
     checkpoints.save(
         workdir / "final",
