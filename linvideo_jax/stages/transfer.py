@@ -13,15 +13,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, report
 from linvideo_jax.data import loader, online, trajectories
 from linvideo_jax.data.trajectories import Index
 from linvideo_jax.errors import UserError
+from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
-from linvideo_jax.stages import collect
+from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
-from linvideo_jax.transfer.recipe import Recipe, knobs_at
+from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
 from linvideo_jax.transfer.samples import Draw
 
 
@@ -31,8 +32,8 @@ def recipe_of(config, settings, index: Index, teacher: checkpoints.Checkpoint) -
         settings,
         training.student_config(teacher.wan_config),
         teacher.wan_config,
+        index.sampler,
         config.dtype,
-        sampler=index.sampler,
         sigmas=index.sigmas,
         store_velocity=index.made["store_velocity"],
     )
@@ -57,8 +58,10 @@ def run(config, workdir: Path) -> None:
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
+    final = final_weights(settings)
     pairs = collect.opened(config, workdir, teacher, settings.batch_size)
-    recipe = recipe_of(config, settings, pairs.index, teacher)
+    index = pairs.index
+    recipe = recipe_of(config, settings, index, teacher)
     score_params = None
     if recipe.has_score_network:
         score_params = score_network(settings.score_network, teacher)
@@ -77,30 +80,46 @@ def run(config, workdir: Path) -> None:
     def step_of_run(state, step, batch):
         warming, selecting = step < settings.warmup_steps, step < choose_at
         rate = maps_schedule(step) if warming else schedule(step - settings.warmup_steps + 1)
-        knobs = knobs_at(settings, step, rate, pairs.index.made["guidance_scale"], selecting)
+        knobs = knobs_at(settings, step, rate, index.made["guidance_scale"], selecting)
         if warming:
             return training.warmup(recipe, state, batch, knobs)
         if step == choose_at:
             state = chosen(state, layers, settings, workdir)
-        before, key = state["mode"], jax.random.fold_in(seed, step)
-        state, metrics = training.update(recipe, state, teacher.transformer, batch, knobs, key)
-        if selecting and settings.freeze_steps:
-            log_frozen(before, state["mode"], step + 1)
-        return state, metrics
+        key = jax.random.fold_in(seed, step)
+        return training.update(recipe, state, teacher.transformer, batch, knobs, key)
 
-    initial = training.initial_state(settings, recipe.student, teacher.transformer)
-    shapes = pairs.index.latent_shape, pairs.index.text_shape
-    more = training.objectives_state(recipe, score_params, *shapes)
+    folder = workdir / "state" / "transfer"
+    events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
+    if settings.freeze_steps:
+        events.append((settings.log_every, monitoring.frozen_layers(choose_at)))
+    if settings.sample_every:
+        samples = (settings.sample_prompts, config.dtype)
+        event = monitoring.Samples(folder, teacher, recipe.student, config.evaluate, *samples)
+        events.insert(0, (settings.sample_every, event))
+    tokens = flops.video_tokens(recipe.student, index.latent_shape)
+    monitoring.write_facts(folder, settings, recipe.student, tokens, index.text_shape[0])
     state = loop.run(
         "transfer",
         step_of_run,
-        initial | more,
+        training.initial_state(settings, recipe.student, teacher.transformer)
+        | training.objectives_state(recipe, score_params, index.latent_shape, index.text_shape),
         num_steps=settings.num_steps,
-        folder=workdir / "state" / "transfer",
+        folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
         data=loader.batches(dataset, settings.batch_size, num_threads=pairs.num_threads),
+        keep=settings.keep,
+        best=settings.best,
+        guard=loop.Guard(
+            settings.objective if settings.objective in ONLY_VELOCITY else "anchor",
+            settings.divergence_factor,
+            settings.divergence_steps,
+            fresh_at=(settings.warmup_steps, choose_at),
+        ),
+        events=events,
+        profile_at=settings.profile_at,
     )
+    report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
     checkpoints.save(
         workdir / "final",
@@ -111,13 +130,25 @@ def run(config, workdir: Path) -> None:
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state["params"]),
+        transformer=jax.device_get(state[final]),
         vae=teacher.vae,
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
     )
+
+
+def final_weights(settings) -> str:
+    """Where in the state the student's weights are; UserError for an average that is not kept."""
+    known = {"raw": "params", "ema": "ema"}
+    if settings.final_weights not in known:
+        raise UserError(
+            f"transfer.final_weights is {settings.final_weights!r}: choose one of raw, ema."
+        )
+    if settings.final_weights == "ema" and not settings.ema_decay:
+        raise UserError("transfer.final_weights is 'ema': set transfer.ema_decay above 0, too.")
+    return known[settings.final_weights]
 
 
 def score_network(folder: str, teacher: checkpoints.Checkpoint) -> Params:
@@ -170,10 +201,3 @@ def chosen(state: training.State, layers, settings, workdir: Path) -> training.S
         entry |= told
     loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
     return selection.placed(state, layers)
-
-
-def log_frozen(before: jax.Array, after: jax.Array, step: int) -> None:
-    """A line in the log for every layer that froze at this update."""
-    for layer in np.flatnonzero(np.asarray(before) != np.asarray(after)):
-        kind = "linear" if after[layer] == wan.LINEAR else "softmax"
-        logging.info("layer %d frozen as %s after step %d", layer, kind, step)

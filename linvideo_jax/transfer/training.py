@@ -32,31 +32,35 @@ def _is_map(path: tuple) -> bool:
     return "feature_map" in jax.tree_util.keystr(path)
 
 
-def weights_optimizer(clip_norm: float) -> optax.GradientTransformation:
-    """Muon (matrices) and Adam, of rate 1; Adam for the feature maps."""
+def weights_optimizer(settings) -> optax.GradientTransformation:
+    """The optimiser that `config.transfer` (or a Recipe) names, of rate 1; Adam for the maps."""
 
     def group(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "maps" if _is_map(path) else "weights", params
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.multi_transform(
-            {"weights": optimizers.muon_with_adam(), "maps": MAPS_OPTIMIZER}, group
-        ),
-    )
+    own = {"weights": optimizers.named(settings.optimizer), "maps": MAPS_OPTIMIZER}
+    parts = [optax.clip_by_global_norm(settings.clip_norm), optax.multi_transform(own, group)]
+    if settings.weight_decay:
+        parts.append(optimizers.decay_of_matrices(settings.weight_decay))
+    return optax.chain(*parts)
 
 
 def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> State:
-    """Student = teacher + initial feature maps, every layer mixed with score r_init."""
+    """Student = teacher + initial feature maps, every layer mixed with score r_init.
+
+    "ema", with `settings.ema_decay`: the moving average of the parameters. All is float32 but the
+    modes; the products are in the dtype of the recipe.
+    """
     params = jax.tree.map(jnp.asarray, teacher_params)
     maps = jax.tree.map(jnp.asarray, wan.initial_feature_map(config))
     params["blocks"]["attn1"]["feature_map"] = maps
     layers = config.num_layers
-    return {
+    average = {"ema": jax.tree.map(jnp.array, params)} if settings.ema_decay else {}
+    return average | {
         "params": params,
-        "optimizer": weights_optimizer(settings.clip_norm).init(params),
+        "optimizer": weights_optimizer(settings).init(params),
         "warmup": MAPS_OPTIMIZER.init(maps),
         "r": jnp.full((layers,), settings.r_init, jnp.float32),
         "mode": jnp.full((layers,), wan.MIX, jnp.int32),
@@ -83,7 +87,7 @@ def objectives_state(
 
 
 def network(
-    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat=False
+    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat="none"
 ) -> Callable[..., Array]:
     """(x, t, text, text_lengths) -> velocity."""
     model = bind(wan.WanTransformer, config, params)
@@ -130,14 +134,15 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
         case "mse" | "own_points":
             matching, u_student = None, student(batch.x, batch.t_from)
 
-    velocity = 0.0
+    objective, parts = matching, {recipe.objective: matching}
     if recipe.velocity != "unused":
-        velocity = objectives.velocity_matching(u_student, batch.u_teacher)
-    if matching is None:
-        objective, parts = velocity, {recipe.objective: velocity}
-    else:
-        objective = matching + knobs.beta * velocity
-        parts = {recipe.objective: matching, "anchor": velocity}
+        stored = recipe.velocity == "stored"
+        u_teacher = batch.u_teacher if stored else teacher(batch.x, batch.t_from)
+        velocity = objectives.velocity_matching(u_student, u_teacher)
+        if matching is None:
+            objective, parts = velocity, {recipe.objective: velocity}
+        else:
+            objective, parts = matching + knobs.beta * velocity, parts | {"anchor": velocity}
     con = scores.constraint(r, knobs.target)
     reg = scores.regulariser(r, knobs.alpha)
     total = objective + knobs.lambda_ * (con + reg)
@@ -159,11 +164,17 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
         )
         noised = samples.noise_and_times(recipe.sigmas, batch.x, key)
 
-        def error(params):
-            velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
-            return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+        def gradient(part):
+            batch, x_0, noised = part
 
-        value, grads = jax.value_and_grad(error)(score["params"])
+            def error(params):
+                velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
+                return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+
+            return jax.value_and_grad(error)(score["params"])
+
+        parts = (batch, x_0, noised), recipe.accumulate
+        value, grads = optimizers.mean_over_parts(gradient, *parts)
         changes, moments = SCORE_OPTIMIZER.update(grads, score["optimizer"])
         params = optimizers.apply(score["params"], changes, knobs.score_learning_rate)
         return {"params": params, "optimizer": moments}, value
@@ -181,7 +192,6 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     One compilation serves every `knobs`.
     """
     batch, keys = samples.wide(batch), jax.random.split(key)
-    teacher = network(recipe, recipe.teacher, teacher_params)
     noised, more = None, {}
     if recipe.has_score_network:
         noised = samples.noise_and_times(recipe.sigmas, batch.x, keys[0])
@@ -191,17 +201,32 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
         state = state | {"score": score}
     if recipe.objective == "own_points":
         student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
+        teacher = network(recipe, recipe.teacher, teacher_params)
         points = samples.move(state["own"], batch.fresh, recipe, student, knobs)
         batch = samples.own_points(batch, points, recipe, teacher, knobs, keys[1])
         state = state | {"own": points}
-    if recipe.velocity == "teacher":
-        batch = batch._replace(u_teacher=_on(batch, teacher)(batch.x, batch.t_from))
+    batch = batch._replace(fresh=None, others=None)
+    grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
+    state, moved = stepped(recipe, state, grads, knobs)
+    return state, metrics | moved | more | {"forwards": recipe.forwards}
 
+
+def gradients(
+    recipe: Recipe, state: State, teacher_params: Params, batch: Batch, noised, knobs: Knobs
+) -> tuple[State, dict[str, Array]]:
+    """(gradients of "params" and "r", parts of the loss), the batch in `accumulate` parts."""
     trained = {"params": state["params"], "r": state["r"]}
-    grads, metrics = jax.grad(loss, has_aux=True)(
-        trained, recipe, state, teacher_params, batch, noised, knobs
-    )
-    optimizer = weights_optimizer(recipe.clip_norm)
+
+    def of_part(part):
+        arguments = (recipe, state, teacher_params, *part, knobs)
+        return jax.grad(loss, has_aux=True)(trained, *arguments)
+
+    return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
+
+
+def stepped(recipe: Recipe, state: State, grads, knobs: Knobs) -> tuple[State, dict[str, Array]]:
+    """(state, metrics) after the step that the gradient of "params" and "r" asks for."""
+    optimizer = weights_optimizer(recipe)
     changes, moments = optimizer.update(grads["params"], state["optimizer"], state["params"])
     changes = jax.tree_util.tree_map_with_path(
         lambda path, change: knobs.feature_map_rate * change if _is_map(path) else change, changes
@@ -212,15 +237,22 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     r, mode, settled = selection.freeze(
         r, state["mode"], state["settled"], knobs.target, knobs.freeze_steps
     )
+    params = optimizers.apply(state["params"], changes, knobs.learning_rate)
     new = state | {
-        "params": optimizers.apply(state["params"], changes, knobs.learning_rate),
+        "params": params,
         "optimizer": moments,
         "r": r,
         "mode": mode,
         "settled": settled,
     }
-    metrics |= {"r": r, "mixed_layers": jnp.sum(mode == wan.MIX)} | more
-    return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
+    if "ema" in state:
+        average = optimizers.moving_average(state["ema"], params, knobs.ema_decay, knobs.ema_age)
+        new["ema"] = average
+    return new, {
+        "r": r,
+        "mixed_layers": jnp.sum(mode == wan.MIX),
+        "gradient_norm": optax.tree.norm(grads["params"]),
+    }
 
 
 def warmup_schedule(settings) -> optax.Schedule:
