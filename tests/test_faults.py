@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-
 import orbax.checkpoint as ocp
 from PIL import Image
 
