@@ -94,7 +94,7 @@ def batch_spec(mesh: Mesh, batch: int) -> tuple[str, ...] | None:
     """The axes over which a batch is shared: as many of data and fsdp as divide it."""
     axes, size = [], 1
     for name in BATCH_AXES:
-        if batch % (size * mesh.shape[name]) == 0 and mesh.shape[name] > 1:
+        if batch % (size * mesh.shape[name]) == 0:
             axes.append(name)
             size *= mesh.shape[name]
     return tuple(axes) or None
