@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     config.model = "wan2_1_t2v_14b"
     config.checkpoint = "models/wan14b"
 
-    # Ours: 8 chips share the weights and 4 a video; 64 chips make two such groups. 40 heads divide
-    # by 4 and 8.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 8, "context": 4})
+    # Ours: groups of 8 chips, on GPUs those of one host, share the tokens of a video (40 heads
+    # divide by 8), and all chips the weights: 4 groups on 32 chips, 8 on 64.
+    config.mesh.context = 8
 
     collect = config.collect
     collect.sampling.flow_shift = 5.0  # Wan2.1 and diffusers, for 720p

@@ -7,16 +7,8 @@ The same command on every host (docs/pods.md). Not run yet: where the paper is s
 are our choice, most of them what wan-digits was converted with, and --plan says what they cost.
 "Paper" is arXiv 2510.08318; what it does not give is marked "ours".
 """
-# ruff: noqa: RUF001 (the published negative prompt has full-width commas)
 
 from ml_collections import ConfigDict
-
-# `sample_neg_prompt` of Wan2.1's wan/configs/shared_config.py.
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
-    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
 
 
 def get_config() -> ConfigDict:
@@ -28,14 +20,19 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"  # of the products, as Wan runs; weights and sums are float32
     config.stages = ("collect", "transfer", "evaluate")
 
-    # Sizes of the mesh's axes; -1: what the others leave. Ours: 8 chips share the weights, each
-    # with samples of its own; on more chips let `context` share a video's tokens (docs/pods.md).
-    config.mesh = ConfigDict({"data": -1, "fsdp": 8, "context": 1})
+    # Sizes of the mesh's axes; -1: what the others leave. Ours: all chips share the weights, and
+    # each has samples of its own. On more chips than samples let `context` share the tokens of a
+    # video (docs/pods.md); exchange: between softmax layers, auto, ulysses or ring.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "exchange": "auto"})
 
     config.collect = collect = ConfigDict()
+    collect.mode = "stored"  # paper
+    collect.folder = ""  # in the workdir; one of its own lets several runs share the pairs
     collect.num_videos = 1000  # the paper: 50K pairs; 50 steps a video
-    collect.batch_size = 8  # videos at a time; ours
-    collect.negative_prompt = NEGATIVE_PROMPT
+    collect.batch_size = 8  # videos at a time, and in a file; ours
+    collect.store_velocity = "both"  # ours: what the anchor compares with
+    collect.buffer = 4  # of mode "online", as the next
+    collect.reuse = 1.0
     collect.sampling = ConfigDict(
         {
             "sampler": "unipc",  # Wan2.1's default
@@ -88,12 +85,20 @@ def get_config() -> ConfigDict:
     transfer.ema_decay = 0.0
     transfer.final_weights = "raw"
     transfer.remat = "full"  # products alone are 45 GB a sample at this size (--plan)
-    transfer.save_every = 250
+    transfer.divergence_factor = 100.0  # ours, as wan-digits
+    transfer.divergence_steps = 20
+    transfer.save_every = 250  # ours: an hour or so between two states
     transfer.keep = 2
     transfer.best = ""
     transfer.log_every = 10
+    transfer.report_every = 60.0
+    transfer.sample_every = 0
+    transfer.sample_prompts = 2
+    transfer.profile_at = 0
 
     config.evaluate = evaluate = ConfigDict()
+    # Without a classifier the student's videos are compared with the teacher's of the same noise,
+    # and stored under the names that VBench looks for. All ours.
     evaluate.prompts = "assets/prompts.txt"
     evaluate.num_prompts = 8
     evaluate.seeds = (0,)
@@ -102,5 +107,9 @@ def get_config() -> ConfigDict:
     evaluate.num_frames = 81
     evaluate.sampling = ConfigDict()  # of the checkpoint, where nothing is said
     evaluate.batch_size = 1
+    evaluate.reads = "pixels"
+    evaluate.classifier = ""
     evaluate.num_shown = 4
+    evaluate.others = ConfigDict()
+    evaluate.others_before = False
     return config

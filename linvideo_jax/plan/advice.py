@@ -42,8 +42,9 @@ def warnings(plan: Plan) -> list[str]:
     """What runs, but not well."""
     told = []
     if plan.idle > 1:
+        part = plan.recipe.batch_size // plan.recipe.accumulate
         told.append(
-            f"a batch of {plan.recipe.batch_size // plan.recipe.accumulate} does not divide among "
+            f"a batch of {part} does not divide among "
             f"data:{plan.sizes['data']} and fsdp:{plan.sizes['fsdp']}, so {plan.idle:.0f} groups of "
             f"chips compute the same samples: make transfer.batch_size a multiple of {plan.unit}"
         )

@@ -104,10 +104,12 @@ def count(text: str, num_devices: int, branches: Sequence[float] | None = None) 
 
     def channels(program, computation, instruction) -> Mapping[str, Collective]:
         if instruction.operation in ("fusion", "async-start"):
-            inner = program.computations[instruction.called("calls")[0]]
-            found = {}
+            called = instruction.called("calls")[0]
+            inner, found = program.computations[called], {}
             for one in inner.values():
                 found |= channels(program, inner, one)
+            if called.startswith("all-reduce-scatter"):  # how a TPU's program writes it
+                found = {k: replace(one, kind="reduce-scatter") for k, one in found.items()}
             return found
         kind = instruction.operation.removesuffix("-start")
         if kind not in KINDS:
@@ -128,7 +130,7 @@ def count(text: str, num_devices: int, branches: Sequence[float] | None = None) 
 
 def _group(attributes: str, num_devices: int) -> int:
     """Devices of one group, from either of XLA's three spellings."""
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+    if match := re.search(r"replica_groups=mesh\[([^]]*)\].*? \{('[^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)

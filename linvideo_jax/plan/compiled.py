@@ -65,7 +65,7 @@ class Compiled:
 
 
 def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compiled:
-    """Compiles `training.update_in_place` of the configuration for a mesh of devices, real or described.
+    """Compiles `training.update_in_place` for a mesh of devices, real or described.
 
     platform: "tpu", "gpu" or "cpu". UserError as `rehearsal.problem` and `rehearsal.recipe`.
     """
@@ -73,7 +73,7 @@ def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compil
     given = rehearsal.problem(config)
     recipe = rehearsal.recipe(config, given, mesh)
     recipe = replace(recipe, batch_size=batch_size)
-    arguments = rehearsal.placed(rehearsal.arguments(config, recipe, given), mesh)
+    arguments = rehearsal.arguments(config, recipe, given, mesh)
     held = _held(arguments)
     with compiling_for(platform):
         lowered = training.update_in_place.lower(recipe, *arguments)
@@ -133,7 +133,7 @@ def _peak(memory: Any) -> int:
 
 
 def _refused(message: str) -> int | None:
-    """Bytes that a program needs which the compiler refused as too large; None for another error."""
+    """Bytes that a program needs which the compiler refused for that; None for another error."""
     for pattern in _TOO_LARGE:
         if match := pattern.search(message):
             return int(float(match[1][:-1]) * _UNITS[match[1][-1]])

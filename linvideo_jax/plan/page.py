@@ -140,10 +140,11 @@ def _collection(plan: Plan) -> str:
     frames, height, width, channels = plan.given.latent_shape
     arrays = _VELOCITIES[collect.get("store_velocity", "both")]
     stored = collect.num_videos * steps * arrays * 2 * frames * height * width * channels
+    work = plan.collection.total
     lines = [
         f"collection: {collect.num_videos:,} videos of {steps} guided steps, "
-        f"{plan.collection.total / 1e18:,.1f} EFLOP, about {plan.collection.total / H100 / _HOUR:,.0f}"
-        f" H100-hours dense; {stored / 1e9:,.0f} GB stored",
+        f"{work / 1e18:,.1f} EFLOP, about {work / H100 / _HOUR:,.0f} H100-hours; "
+        f"{stored / 1e9:,.0f} GB stored",
     ]
     if plan.machine.chip.flops:
         lines.append(f"  on this machine {_long(plan.collection_seconds)} (model, as above)")

@@ -208,7 +208,13 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
+    state = _kept(recipe, state)
     return state, metrics | moved | more | {"forwards": recipe.forwards}
+
+
+def _kept(recipe: Recipe, tree: State) -> State:
+    """A state, or gradients, laid out on the mesh as they are kept from step to step."""
+    return tree if recipe.layout is None else recipe.layout.keep(tree)
 
 
 def gradients(
@@ -219,7 +225,8 @@ def gradients(
 
     def of_part(part):
         arguments = (recipe, state, teacher_params, *part, knobs)
-        return jax.grad(loss, has_aux=True)(trained, *arguments)
+        grads, parts = jax.grad(loss, has_aux=True)(trained, *arguments)
+        return _kept(recipe, grads), parts
 
     return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
 
@@ -284,5 +291,5 @@ def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     (total, errors), grads = jax.value_and_grad(error, has_aux=True)(maps)
     changes, moments = MAPS_OPTIMIZER.update(grads, state["warmup"])
     params = with_maps(optimizers.apply(maps, changes, knobs.learning_rate))
-    new = state | {"params": params, "warmup": moments}
+    new = _kept(recipe, state | {"params": params, "warmup": moments})
     return new, {"loss": total, "attention_errors": errors, "r": state["r"]}
