@@ -27,13 +27,15 @@ def train(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input, before anything is written."""
     argv, overrides = config_files.split(argv)
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
-    command_line.required(given, "config", *([] if given["plan"] else ["workdir"]))
+    command_line.required(given, "config")
     config = config_files.override(config_files.load(given["config"]), overrides)
     if given["plan"]:
         raise SystemExit(plan.run(config, given["plan"]))
-    folders.check_writable(Path(given["workdir"]), "--workdir")
+    if stages.needs_workdir(config):
+        command_line.required(given, "workdir")
+        folders.check_writable(Path(given["workdir"]), "--workdir")
     logging.set_verbosity(logging.WARNING)
-    stages.run(config, Path(given["workdir"]))
+    stages.run(config, given["workdir"] and Path(given["workdir"]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -55,24 +55,23 @@ class Problem:
 
 
 def problem(config) -> Problem:
-    """From `config.model` and the sizes of its collect stage.
+    """From `config.model` and what the collect stage samples.
 
-    What `collect.sampling` does not say of height, width and num_frames is evaluate's, the rest
-    diffusers' default. UserError for a configuration without a transfer group or without sizes.
+    A height, width or num_frames that `collect.sampling` does not give is evaluate's, or else the
+    model's own; the rest is diffusers' default. UserError for a configuration without a transfer
+    stage.
     """
-    if "transfer" not in config:
+    if "transfer" not in config or "collect" not in config:
         raise UserError(
             "this configuration has no transfer stage, and only that is planned: choose one that "
             "has, such as configs/wan14b.py."
         )
     models = registry.sizes(config.model)
-    given = config.collect.sampling.to_dict() if "collect" in config else {}
-    sampling, other = SAMPLING | given, config.get("evaluate") or {}
-    for name in ("height", "width", "num_frames"):
-        sampling[name] = given.get(name) or other.get(name)
-        if not sampling[name]:
-            raise UserError(f"collect.sampling gives no {name}: add it to the configuration.")
-    sides = (sampling[name] for name in ("height", "width", "num_frames"))
+    given, other = config.collect.sampling.to_dict(), config.get("evaluate") or {}
+    sampling, names = SAMPLING | given, ("height", "width", "num_frames")
+    for name, own in zip(names, registry.VIDEO_SIZES[config.model], strict=True):
+        sampling[name] = given.get(name) or other.get(name) or own
+    sides = (sampling[name] for name in names)
     latent_shape = pipeline.latent_shape(models.transformer, models.vae, *sides)
     return Problem(models, sampling, latent_shape)
 
