@@ -4,7 +4,7 @@ python train.py --config=configs/demo.py --workdir=runs/demo
 python train.py --config=configs/digits.py --workdir=runs/digits --config.transfer.target=4
 
 Any field of the configuration can be set on the command line. Every stage goes on where it stopped:
-after an interruption, give the same command again.
+after an interruption, give the same command again. On several hosts, start it on each alike.
 """
 
 import sys
@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import logging
 
 from linvideo_jax import command_line, config_files, folders, stages
+from linvideo_jax.parallel import hosts
 
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
@@ -28,8 +29,10 @@ def train(argv: Sequence[str]) -> None:
     command_line.required(given, "config", "workdir")
     config = config_files.override(config_files.load(given["config"]), overrides)
     folders.check_writable(Path(given["workdir"]), "--workdir")
+    hosts.start(hosts.card({"workdir": given["workdir"], "config": config.to_dict()}))
     logging.set_verbosity(logging.WARNING)
-    stages.run(config, Path(given["workdir"]))
+    with hosts.together():
+        stages.run(config, Path(given["workdir"]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -33,6 +33,10 @@ class Layout:
         """The parameters of one layer, whole, from the shards in which they are kept."""
         return params
 
+    def keep(self, tree: Any) -> Any:
+        """Parameters, or anything with their names, back to how they are kept."""
+        return tree
+
     def softmax_attention(self, q: Tokens, k: Tokens, v: Tokens) -> Tokens:
         """Softmax attention of all tokens to all tokens; a pad is no key and gets zeros."""
         return softmax_attention(q, k, v)

@@ -101,6 +101,10 @@ class MeshLayout:
 
         return jax.tree_util.tree_map_with_path(gathered, params)
 
+    def keep(self, tree: Any) -> Any:
+        """A state, or gradients, as the table has them: for the results of an update."""
+        return jax.lax.with_sharding_constraint(tree, rules.shardings(tree, self.mesh))
+
     def softmax_attention(self, q: Tokens, k: Tokens, v: Tokens) -> Tokens:
         if self._context == 1:
             local = softmax_attention
