@@ -5,7 +5,7 @@ python train.py --config=configs/digits.py --workdir=runs/digits --config.transf
 python train.py --config=configs/wan14b.py --plan=v5p:4x4x4
 
 Any field of the configuration can be set on the command line. Every stage goes on where it stopped:
-after an interruption, give the same command again.
+after an interruption, give the same command again. On several hosts, start it on each alike.
 """
 
 import sys
@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import logging
 
 from linvideo_jax import command_line, config_files, folders, plan, stages
+from linvideo_jax.parallel import hosts
 
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
@@ -34,8 +35,10 @@ def train(argv: Sequence[str]) -> None:
     if stages.needs_workdir(config):
         command_line.required(given, "workdir")
         folders.check_writable(Path(given["workdir"]), "--workdir")
+    hosts.start(hosts.card({"workdir": given["workdir"], "config": config.to_dict()}))
     logging.set_verbosity(logging.WARNING)
-    stages.run(config, given["workdir"] and Path(given["workdir"]))
+    with hosts.together():
+        stages.run(config, given["workdir"] and Path(given["workdir"]))
 
 
 def main(argv: Sequence[str]) -> int:

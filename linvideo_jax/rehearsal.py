@@ -97,7 +97,6 @@ def arguments(config, made: Recipe, given: Problem, mesh: Mesh) -> tuple[Tree, .
     """(state, teacher_params, batch, knobs, key) of `training.update` as ShapeDtypeStructs.
 
     Each says where it lies on the mesh, as in a run: weights by the table, samples over the batch.
-    The teacher is in the dtype of the products.
     """
     settings = config.transfer
     weights = shapes(wan.WanTransformer, made.teacher)
@@ -107,7 +106,7 @@ def arguments(config, made: Recipe, given: Problem, mesh: Mesh) -> tuple[Tree, .
         sample = given.latent_shape, given.text_shape
         return own | training.objectives_state(made, weights, *sample)
 
-    teacher = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, made.dtype), weights)
+    teacher = jax.eval_shape(lambda params: training.frozen(params, made.dtype), weights)
     knobs = knobs_at(settings, 0, settings.learning_rate, 1.0, True)
     knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.result_type(x)), knobs)
     key = jax.eval_shape(lambda: jax.random.key(0))

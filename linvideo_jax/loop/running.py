@@ -12,10 +12,11 @@ from absl import logging
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.loop.guard import Guard
-from linvideo_jax.loop.metrics_file import MetricsFile
+from linvideo_jax.loop.metrics_file import MetricsFile, NoMetricsFile
 from linvideo_jax.loop.signals import Interrupted, Signals
 from linvideo_jax.loop.states import States
 from linvideo_jax.loop.tracing import Trace
+from linvideo_jax.parallel import hosts
 from linvideo_jax.progress import Progress
 
 Metrics = dict[str, jax.Array]
@@ -42,7 +43,9 @@ def run(
 
     `update` must depend on its arguments alone (randomness folded from the step): then a run that
     was interrupted or killed and resumed equals an undisturbed one bit for bit. It must not write
-    to the buffers of the state that it is given. The host waits for the device only where metrics
+    to the buffers of the state that it is given. With several hosts each runs the same loop: the
+    first writes the metrics, all write their parts of the states, and a signal to one stops all
+    after the same step. The host waits for the device only where metrics
     are logged or a state is saved. A metric "loss" must be among the metrics.
 
     Args:
@@ -72,9 +75,9 @@ def run(
         if first >= num_steps:
             return state
         with (
-            MetricsFile(folder, first) as metrics_file,
+            MetricsFile(folder, first) if hosts.is_first() else NoMetricsFile() as metrics_file,
             Signals() as signals,
-            Progress(name, num_steps, first) as progress,
+            Progress(name, num_steps, first, shown=hosts.is_first()) as progress,
         ):
             with _writing(name, folder), signals.cutting():
                 _call(events, first, state, resumed=True)
@@ -84,7 +87,8 @@ def run(
                 batch = () if data is None else (next(data),)
                 state, metrics = update(state, step, *batch)
                 trace.after(step, metrics)
-                done, last, stopped = step + 1, step + 1 == num_steps, signals.received
+                done, last = step + 1, step + 1 == num_steps
+                stopped = hosts.stop_now(done, signals.received)
                 log = done % log_every == 0 or last
                 save = done % save_every == 0 or last or stopped
                 names = {"loss", guard.metric, best} & set(metrics)

@@ -11,7 +11,6 @@ import glob
 import importlib.metadata
 import os
 import platform
-import signal
 import socket
 import subprocess
 import sys
@@ -149,9 +148,20 @@ def start(own: rendezvous.Card, seconds: float = 300.0, silence: float = 60.0) -
     return True
 
 
+def several() -> bool:
+    """Whether there are other hosts."""
+    return jax.process_count() > 1
+
+
 def is_first() -> bool:
     """Whether this host is the one that writes reports and metrics."""
     return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns when all hosts are here; the watch ends this one if another is gone."""
+    if several():
+        _client().wait_at_barrier(f"linvideo/{name}", _DAY)
 
 
 def stop_now(step: int, requested: bool) -> bool:
@@ -160,14 +170,9 @@ def stop_now(step: int, requested: bool) -> bool:
     Every host must ask after every step. requested: of a single host, whether it was told to; of
     several, JAX hears SIGTERM itself and agrees with the other hosts on a step.
     """
-    if jax.process_count() == 1:
+    if not several():
         return requested
     return multihost_utils.reached_preemption_sync_point(step)
-
-
-def interrupt_as_preemption() -> None:
-    """With several hosts: SIGINT has the effect of SIGTERM, which JAX's own handler takes."""
-    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -177,12 +182,12 @@ def together() -> Iterator[None]:
     The reason is told to the others. An exception of JAX's is mostly that another host is gone:
     then the watch has the time to say which.
     """
-    if jax.process_count() == 1:
+    if not several():
         yield
         return
     try:
         yield
-        _client().wait_at_barrier("linvideo/end", _DAY)
+        wait("end")
     except KeyboardInterrupt:  # of all hosts, after the same step
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().wait_at_barrier("linvideo/stopped", 1000 * int(_Watch.running.silence))

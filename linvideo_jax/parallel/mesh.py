@@ -79,10 +79,25 @@ def make(asked: Mapping[str, int] | None = None, devices: Sequence[Any] | None =
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def from_config(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
-    """`make` with the sizes of `config.mesh`, if the configuration has that group."""
+def of_config(config: Any) -> dict[str, int]:
+    """The sizes that `config.mesh` gives, for `resolve`; none without that group."""
     settings = config.get("mesh") or {}
-    return make({name: settings[name] for name in AXES if name in settings}, devices)
+    return {name: settings[name] for name in AXES if name in settings}
+
+
+def from_config(config: Any, devices: Sequence[Any] | None = None) -> Mesh:
+    """`make` with the sizes of `of_config`."""
+    return make(of_config(config), devices)
+
+
+def of_host(mesh: Mesh) -> Mesh:
+    """A mesh of this host's devices: as much of fsdp and context as they hold, data the rest."""
+    count = jax.local_device_count()
+    if count == mesh.size:
+        return mesh
+    context = math.gcd(mesh.shape["context"], count)
+    fsdp = math.gcd(mesh.shape["fsdp"], count // context)
+    return make({"fsdp": fsdp, "context": context}, jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

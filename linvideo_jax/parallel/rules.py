@@ -72,10 +72,11 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
     With several hosts each holds the same values, of which it keeps its part.
     """
-    return jax.tree.map(_placed, tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array with this sharding; every host gives the same values."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf if leaf.sharding == sharding else jax.device_put(leaf, sharding)
     if sharding.is_fully_addressable:

@@ -16,6 +16,8 @@ from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import LINEAR, MIX
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.parallel import hosts
+from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.pipeline import Pipeline, Settings
 
 FACTS, SAMPLES = "facts.json", "samples"
@@ -47,7 +49,7 @@ def report_every(seconds: float, workdir: Path) -> Callable[[int, Any], None]:
 
     def write(step: int, state: Any) -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds:
+        if hosts.is_first() and time.monotonic() - last >= seconds:
             report.write(workdir)
             last = time.monotonic()
 
@@ -75,6 +77,8 @@ def frozen_layers(until: int) -> Callable[[int, Any], None]:
 class Samples:
     """An event that samples the student as it is, mixed layers mixed, beside the teacher.
 
+    With several hosts the first does it, with its own devices, and has all parameters in memory.
+
     Both start from the same noise: seed i for prompt i. A contact sheet for each time, the
     teacher's frames above the student's, is in `folder/samples/STEP.webp`.
 
@@ -83,33 +87,41 @@ class Samples:
       teacher: the checkpoint, of which the transformer is loaded; its text encoder and VAE serve
         both, and are read from its folder when they are needed.
       student: sizes of the student.
-      own: `config.evaluate`, of which the prompts and the size of the videos are taken.
+      config: of the run, of whose group evaluate the prompts and the size of the videos are taken.
       count: how many prompts.
-      dtype: of the matrix products.
     """
 
-    def __init__(self, folder: Path, teacher, student: WanConfig, own, count: int, dtype):
+    def __init__(self, folder: Path, teacher, student: WanConfig, config, count: int):
         self._folder, self._student = folder / SAMPLES, student
-        self._teacher = replace(turns.open_folder(teacher.path), transformer=teacher.transformer)
+        own, self._dtype = config.evaluate, config.dtype
+        self._teacher = turns.open_folder(teacher.path)
+        if not hosts.several():
+            self._teacher = replace(self._teacher, transformer=teacher.transformer)
+        self._placement = Placement.of_host(config, student.num_attention_heads)
         self._prompts = prompt_files.read(own.prompts)[:count]
         size = {"height": own.height, "width": own.width, "num_frames": own.num_frames}
         self._settings = Settings.of(teacher, **size, **own.sampling)
-        self._dtype = dtype
-        self._pipeline = Pipeline(self._teacher, dtype)
+        self._pipeline = Pipeline(self._teacher, self._dtype, placement=self._placement)
         self._pipeline.latent_shape(self._settings)  # a wrong size is told before training
 
     def __call__(self, step: int, state: Any) -> None:
         path = self._folder / f"{step:07d}.webp"
         if path.exists():
             return
+        params, mode, r = state["params"], state["mode"], state["r"]
+        if hosts.several():
+            params, mode, r = whole((params, mode, r))
+            if not hosts.is_first():
+                return
+            params = self._placement.params(training.frozen(params, self._dtype))
         student = replace(
             self._teacher,
-            transformer=state["params"],
+            transformer=params,
             wan_config=self._student,
             config={**self._teacher.config, "linear_layers": []},
         )
-        ours = Pipeline(student, self._dtype)
-        ours.mode, ours.r, ours.texts = state["mode"], state["r"], self._pipeline.texts
+        ours = Pipeline(student, self._dtype, placement=self._placement)
+        ours.mode, ours.r, ours.texts = mode, r, self._pipeline.texts
         self._folder.mkdir(parents=True, exist_ok=True)
         frames = self._frames(ours)
         sheet = contact_sheet([self._teachers(), frames])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from linvideo_jax import rehearsal
@@ -60,14 +59,17 @@ def measure(config, num_steps: int, say: Callable[[str], None] = print) -> dict[
         f"{meshes.describe(placement.mesh)}, {jax.process_count()} host(s): random weights ..."
     )
     weights = placement.make(lambda: init(wan.WanTransformer, recipe.teacher))
-    state = placement.make(
-        lambda weights: training.initial_state(config.transfer, recipe.student, weights), weights
-    )
-    state |= training.objectives_state(recipe, weights, given.latent_shape, given.text_shape)
-    teacher = jax.tree.map(lambda x: x.astype(recipe.dtype), weights)
+
+    def initial(weights):
+        own = training.initial_state(config.transfer, recipe.student, weights)
+        sample = given.latent_shape, given.text_shape
+        return own | training.objectives_state(recipe, weights, *sample)
+
+    state = placement.make(initial, weights)
+    teacher = training.frozen(weights, recipe.dtype)
     del weights
     rng = np.random.default_rng(config.seed)
-    rows = placement.rows(recipe.batch_size)
+    rows = placement.rows(recipe.batch_size, recipe.accumulate)
     batch = rehearsal.batch(config, replace(recipe, batch_size=len(rows)), given, rng)
     batch = placement.batch(batch, recipe.batch_size)
     knobs = knobs_at(config.transfer, config.transfer.warmup_steps, 1e-6, 1.0, True)
@@ -107,7 +109,9 @@ def measure(config, num_steps: int, say: Callable[[str], None] = print) -> dict[
 
 
 def _memory() -> int:
-    used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    used = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
     if None in used:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return max(used)

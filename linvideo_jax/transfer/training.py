@@ -68,6 +68,16 @@ def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> St
     }
 
 
+def frozen(params: Params, dtype: Any) -> Params:
+    """Parameters that are not trained: the kernels of the layers in `dtype`, in which they act."""
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if names[0] == "blocks" and names[-1] == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def objectives_state(
     recipe: Recipe,
     score_params: Params,
@@ -208,12 +218,12 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
-    state = _kept(recipe, state)
-    return state, metrics | moved | more | {"forwards": recipe.forwards}
+    metrics = _kept(recipe, metrics | moved | more)
+    return _kept(recipe, state), metrics | {"forwards": recipe.forwards}
 
 
 def _kept(recipe: Recipe, tree: State) -> State:
-    """A state, or gradients, laid out on the mesh as they are kept from step to step."""
+    """A state, gradients or metrics, laid out on the mesh as they are kept from step to step."""
     return tree if recipe.layout is None else recipe.layout.keep(tree)
 
 
@@ -292,4 +302,4 @@ def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     changes, moments = MAPS_OPTIMIZER.update(grads, state["warmup"])
     params = with_maps(optimizers.apply(maps, changes, knobs.learning_rate))
     new = _kept(recipe, state | {"params": params, "warmup": moments})
-    return new, {"loss": total, "attention_errors": errors, "r": state["r"]}
+    return new, _kept(recipe, {"loss": total, "attention_errors": errors, "r": state["r"]})
