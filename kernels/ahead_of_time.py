@@ -16,15 +16,23 @@ VMEM_LIMIT = 16 * 2**20
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
+def tpu_chips(topology: str) -> list[Any]:
+    """The chips of a slice as libtpu describes it, such as "v5p:4x4x4"; none needs to be here."""
+    # Else libtpu asks a metadata server, which only cloud machines have, about this machine and
+    # warns of what it does not learn, and refuses a second process, though neither has a chip.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
 def compile_for_tpu(function: Callable[..., Any], *shapes: Any, kind: str) -> jax.stages.Compiled:
     """`function` of arrays of these shapes (trees of ShapeDtypeStruct) compiled for one chip.
 
     `kind`: of TOPOLOGIES.
     """
-    # Else libtpu asks a metadata server, which only cloud machines have, about this machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
-    sharding = jax.sharding.SingleDeviceSharding(chips.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(tpu_chips(TOPOLOGIES[kind])[0])
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )

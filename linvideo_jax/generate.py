@@ -25,12 +25,14 @@ TOKENS_AT_ONCE = 32_768  # latent pixels; 81 frames of 480 x 832 have 131,040
 def default_batch_size(pipeline: Pipeline, requests: Sequence[Request]) -> int:
     """Of equal batches that leave the last one fullest: 5 small videos are made as 3 and 2.
 
-    At most 4 videos and TOKENS_AT_ONCE tokens at a time; a video with more is made alone.
+    At most 4 videos and TOKENS_AT_ONCE tokens at a time; a video with more is made alone. All this
+    for every device that shares the batch: each has as many videos as the others.
     """
     counts = Counter(request.settings for request in requests)
     shapes = [pipeline.latent_shape(settings) for settings in counts]
     tokens = max(frames * height * width for frames, height, width, _ in shapes)
-    return even_batch_size(max(counts.values()), max(1, min(4, TOKENS_AT_ONCE // tokens)))
+    devices, at_most = pipeline.batch_devices, max(1, min(4, TOKENS_AT_ONCE // tokens))
+    return even_batch_size(-(-max(counts.values()) // devices), at_most) * devices
 
 
 def even_batch_size(count: int, at_most: int) -> int:

@@ -13,10 +13,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
-from linvideo_jax.models.module import bind
+from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
 from linvideo_jax.models.vae_tiles import decode_tiles
 from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel import pictures
+from linvideo_jax.parallel.placement import Placement
 from linvideo_jax.text import TextEmbeddings, text_bucket
 from linvideo_jax.turns import Turns, mark
 
@@ -110,7 +113,7 @@ def noise(
     return draw(jnp.asarray(np.asarray(seeds, np.uint32)))
 
 
-@partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype"))
+@partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype", "layout"))
 def denoise(
     params: dict[str, Any],
     noise: Float[Array, "videos frames height width channels"],
@@ -118,23 +121,27 @@ def denoise(
     lengths: Int[Array, " halves*videos"],
     guidance_scale: Float[Array, ""],
     mode: Int[Array, " layers"] | None,
+    r: Float[Array, " layers"] | None = None,
     *,
     config: WanConfig,
     sampler: str,
     sigmas: tuple[float, ...],
     dtype: Any,
+    layout: Any = None,
 ) -> Float[Array, "videos frames height width channels"]:
     """The whole sampling loop, from noise to latents; the latents stay float32 between the steps.
 
     `text` holds the prompts and, behind them, the negative prompts: both halves pass the network as
-    one batch. With the prompts alone there is no guidance.
+    one batch. With the prompts alone there is no guidance. `r` is of layers whose mode is MIX;
+    `layout` as the network takes it.
     """
     model = bind(WanTransformer, config, params)
     halves = text.shape[0] // noise.shape[0]
 
     def velocity(x, timestep):
         timesteps = jnp.full((text.shape[0],), timestep)
-        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, mode=mode, dtype=dtype)
+        options = {"mode": mode, "r": r, "dtype": dtype, "layout": layout}
+        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, **options)
         if halves == 1:
             return u
         return rectified.guided(*jnp.split(u, 2), guidance_scale)
@@ -150,17 +157,26 @@ class Pipeline:
     Of the latter, one network at a time is on the device. `dtype` is that of the networks' matrix
     products, the VAE's excepted, which runs in float32 as Wan's does; by default bfloat16 on an
     accelerator and float32 on a CPU. `text_folder`: where text embeddings are kept for other runs.
+    `placement`: of one host, if the work is shared between devices.
     """
 
-    def __init__(self, checkpoint: Any, dtype: Any = None, text_folder: Path | None = None):
+    def __init__(
+        self,
+        checkpoint: Any,
+        dtype: Any = None,
+        text_folder: Path | None = None,
+        placement: Placement | None = None,
+    ):
         self.checkpoint = checkpoint
+        self._placement = placement if placement and placement.layout else None
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-        self.mode = None
+        self.mode, self.r = None, None
         if checkpoint.linear_layers:
             self.mode = np.full(checkpoint.wan_config.num_layers, SOFTMAX, np.int32)
             self.mode[list(checkpoint.linear_layers)] = LINEAR
-        self._turns = Turns(checkpoint, self.dtype)
+        place = self._placement.params if self._placement else jax.device_put
+        self._turns = Turns(checkpoint, self.dtype, place)
         self.texts = TextEmbeddings(
             checkpoint.tokenizer,
             checkpoint.umt5_config,
@@ -168,6 +184,15 @@ class Pipeline:
             cache(partial(mark, checkpoint, "text_encoder")),
             text_folder,
         )
+
+    @property
+    def batch_devices(self) -> int:
+        """Between how many devices, or groups of them, a batch of videos is shared."""
+        return meshes.batch_devices(self._placement.mesh) if self._placement else 1
+
+    def transformer(self) -> Params:
+        """The transformer's parameters, on the device."""
+        return self._turns.params("transformer")
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """[frames, height, width, channels] of one video's latents; UserError for a wrong size."""
@@ -222,10 +247,12 @@ class Pipeline:
                     jnp.asarray([len(self.texts[text]) for text in texts], jnp.int32),
                     jnp.float32(settings.guidance_scale),
                     self.mode,
+                    self.r,
                     config=self.checkpoint.wan_config,
                     sampler=settings.sampler,
                     sigmas=tuple(sigmas.tolist()),
                     dtype=self.dtype,
+                    layout=self._placement and self._placement.layout,
                 )
                 yield real, latents[: len(real)]
 
@@ -250,5 +277,9 @@ class Pipeline:
         config = self.checkpoint.vae_config
         vae = bind(WanVAE, config, self._turns.params("vae"))
         latents = denormalize(jnp.asarray(latents), config)
+        if self._placement and not tiling:
+            videos, _, height, width, _ = latents.shape
+            parts = pictures.sharding(self._placement.mesh, videos, height, width)
+            latents = jax.device_put(latents, parts)
         video = decode_tiles(vae, latents) if tiling else vae.decode_chunks(latents)
         return np.asarray(jnp.round((video + 1) * 127.5).astype(jnp.uint8))

@@ -5,6 +5,7 @@ A checkpoint opened here stays on disk; `Turns` reads a part when it is needed. 
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,16 @@ class Turns:
 
     The transformer and the VAE wait in the host's memory for their next turn; the text encoder, of
     which there is none, is dropped. `dtype`: of the large matrices, which the networks would cast
-    to it anyway; the rest, and the VAE, is float32.
+    to it anyway; the rest, and the VAE, is float32. `place`: brings a tree to the devices.
     """
 
-    def __init__(self, checkpoint: checkpoints.Checkpoint, dtype: Any):
-        self._checkpoint, self._dtype = checkpoint, dtype
+    def __init__(
+        self,
+        checkpoint: checkpoints.Checkpoint,
+        dtype: Any,
+        place: Callable[[Params], Params] = jax.device_put,
+    ):
+        self._checkpoint, self._dtype, self._place = checkpoint, dtype, place
         self._waiting: dict[str, Params] = {}
         self._part, self._params = None, None
 
@@ -97,7 +103,7 @@ class Turns:
             host = self._waiting.get(part) or self._read(part)
             if part != "text_encoder":
                 self._waiting[part] = host
-            self._part, self._params = part, jax.device_put(host)
+            self._part, self._params = part, self._place(host)
         return self._params
 
     def _read(self, part: str) -> Params:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import jax
 
 from kernels.dispatch import dispatch
-from kernels.softmax_attention import cudnn, reference
+from kernels.softmax_attention import chunks, cudnn, reference
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = {
     "cudnn": cudnn.softmax_attention,
+    "chunks": chunks.softmax_attention,
     "reference": reference.softmax_attention,
 }
 
@@ -30,8 +31,8 @@ def softmax_attention(
     """softmax(q k^T / sqrt(head_dim) + bias) v, not causal; the softmax is in float32.
 
     q, k, v share one dtype, which is the output's. `bias` is a constant: it gets no gradient.
-    `implementation`: "cudnn", "reference", several in order of preference, or None for the first
-    that supports the inputs.
+    `implementation`: "cudnn", "chunks", "reference", several in order of preference, or None for
+    the first that supports the inputs.
 
     Raises: NotImplementedError with the reason if no named implementation supports the inputs.
     """

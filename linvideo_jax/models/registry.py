@@ -55,6 +55,13 @@ MODELS = {
     "wan2_1_t2v_14b": wan2_1_t2v_14b,
 }
 
+# Height, width and frames of the videos that each was trained on, the largest if there are several.
+VIDEO_SIZES = {
+    "wan_digits": (96, 96, 25),
+    "wan2_1_t2v_1_3b": (480, 832, 81),
+    "wan2_1_t2v_14b": (720, 1280, 81),
+}
+
 # `sample_neg_prompt` of wan/configs/shared_config.py: garish, overexposed, static, blurred details,
 # subtitles, ..., walking backwards.
 WAN_NEGATIVE_PROMPT = (

@@ -9,7 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from linvideo_jax.models.layout import WHOLE, Layout
 from linvideo_jax.models.module import Params
+from linvideo_jax.models.remat import rematerialised
 from linvideo_jax.models.rotary import rotary_table
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.models.wan_layers import (
@@ -70,7 +72,8 @@ class WanTransformer(nnx.Module):
         r: Float[Array, "layers"] | None = None,
         mode: Int[Array, "layers"] | None = None,
         dtype: jnp.dtype = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
+        layout: Layout | None = None,
     ) -> Float[Array, "batch frames height width out_channels"]:
         """The velocity at (latents, timestep), float32.
 
@@ -81,7 +84,8 @@ class WanTransformer(nnx.Module):
         mode: SOFTMAX, LINEAR or MIX for each layer (None: all softmax); r weighs softmax in MIX.
         dtype: of the matrix products; the time embedding, norms, modulation, softmax, residual
         stream and output head are in float32 as in the original.
-        remat: the backward pass keeps only the products with weights and recomputes the rest.
+        remat: what the backward pass keeps (`remat.POLICIES`).
+        layout: on which devices the tokens and the parameters lie (None: on one).
 
         Raises: ValueError if the latents do not divide into patches, or if modes are given to a
         model without a feature map.
@@ -89,22 +93,22 @@ class WanTransformer(nnx.Module):
         config = self.config
         if mode is not None and config.feature_map is None:
             raise ValueError("modes need a model with feature_map='hedgehog'")
-        x, time, block, layers = self._layers(latents, timestep, text, text_lengths, dtype)
+        grid = _patch_grid(latents.shape[1:4], config.patch_size)
+        layout = (layout or WHOLE).for_tokens(int(np.prod(grid)))
+        inputs = latents, timestep, text, text_lengths
+        x, time, block, layers = self._layers(*inputs, dtype, grid, layout)
 
         def layer(x, inputs):
             params, r, mode = inputs
             return block(params, x, r, mode), None
 
-        if remat:
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        layer = rematerialised(layer, remat)
         r = jnp.ones(config.num_layers) if r is None else r
         mode = None if mode is None else jnp.asarray(mode, jnp.int32)
         x, _ = jax.lax.scan(layer, x, (layers, r, mode))
 
         shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None], 2, axis=1)
-        x = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
-        grid = _patch_grid(latents.shape[1:4], config.patch_size)
+        x = layout.leave(self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift))
         x = x.reshape(-1, *grid, *config.patch_size, config.out_channels)
         return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(*latents.shape[:4], -1)
 
@@ -116,13 +120,17 @@ class WanTransformer(nnx.Module):
         text_lengths: Int[Array, "batch"] | None,
         *,
         dtype: jnp.dtype = jnp.float32,
+        layout: Layout | None = None,
     ) -> Float[Array, "layers"]:
         """How far each layer's linear attention is from its softmax attention, both at softmax's x.
 
         Squared error of the heads' outputs over their mean square, float32; its gradient reaches
         the feature maps alone. Arguments as for a call.
         """
-        x, _, block, layers = self._layers(latents, timestep, text, text_lengths, dtype)
+        grid = _patch_grid(latents.shape[1:4], self.config.patch_size)
+        layout = (layout or WHOLE).for_tokens(int(np.prod(grid)))
+        inputs = latents, timestep, text, text_lengths
+        x, _, block, layers = self._layers(*inputs, dtype, grid, layout)
 
         def layer(x, params):
             x, error = block(params, x, None, None, measure=True)
@@ -130,9 +138,8 @@ class WanTransformer(nnx.Module):
 
         return jax.lax.scan(layer, jax.lax.stop_gradient(x), layers)[1]
 
-    def _layers(self, latents, timestep, text, text_lengths, dtype):
+    def _layers(self, latents, timestep, text, text_lengths, dtype, grid, layout):
         """(tokens, time embedding, block(params, x, r, mode, **options), its stacked params)."""
-        grid = _patch_grid(latents.shape[1:4], self.config.patch_size)
         embedder = self.condition_embedder
         time = embedder.time_embedder(timestep)
         time_blocks = embedder.time_proj(jax.nn.silu(time)).reshape(-1, 6, self.config.dim)
@@ -140,14 +147,15 @@ class WanTransformer(nnx.Module):
         text_graph, embedder_params = nnx.split(embedder.text_embedder)
         embed_text = nnx.merge(text_graph, _cast_products(embedder_params, dtype))
         text = embed_text(text.astype(dtype))
-        rotation = rotary_table(grid, self.config.attention_head_dim)
+        table = rotary_table(grid, self.config.attention_head_dim)
+        rotation = tuple(layout.enter(part, axis=0) for part in table)
         graph, layers = nnx.split(self.blocks)
 
         def block(params, x, r, mode, **options):
-            layer = nnx.merge(graph, params)
-            return layer(x, text, text_bias, time_blocks, rotation, r, mode, **options)
+            layer = nnx.merge(graph, layout.layer(params))
+            return layer(x, text, text_bias, time_blocks, rotation, layout, r, mode, **options)
 
-        x = self.patch_embedding(latents.astype(dtype)).astype(jnp.float32)
+        x = layout.enter(self.patch_embedding(latents.astype(dtype)).astype(jnp.float32), axis=1)
         return x, time, block, _cast_products(layers, dtype)
 
 

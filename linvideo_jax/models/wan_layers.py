@@ -1,5 +1,6 @@
 """Layers of the Wan2.1 transformer; `wan.py` stacks and scans them."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.linear_attention import FeatureMap, linear_attention
-from kernels.softmax_attention import softmax_attention
+from kernels.linear_attention import FeatureMap
+from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.rotary import rotate
 from linvideo_jax.models.wan_config import WanConfig
 
@@ -135,12 +136,13 @@ class SelfAttention(Attention):
         rotation: tuple[Float[Array, "tokens 1 pairs"], Float[Array, "tokens 1 pairs"]],
         r: Float[Array, ""],
         mode: Int[Array, ""] | None,
+        layout: Layout,
     ) -> Float[Array, "batch tokens dim"]:
         q, k, v = self.heads_of(x, rotation)
         if mode is None:
-            out = softmax_attention(q, k, v)
+            out = layout.softmax_attention(q, k, v)
         else:
-            branches = (_softmax, _linear_only, _mix)
+            branches = [partial(branch, layout) for branch in (_softmax, _linear_only, _mix)]
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
         return self.to_out(out.reshape(x.shape))
 
@@ -153,30 +155,34 @@ class SelfAttention(Attention):
     def maps(self) -> FeatureMap:
         return FeatureMap(self.feature_map.q[...], self.feature_map.k[...])
 
-    def with_error(self, x, rotation) -> tuple[Float[Array, "batch tokens dim"], Float[Array, ""]]:
+    def with_error(
+        self, x, rotation, layout: Layout
+    ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, ""]]:
         """Softmax attention, and the relative squared error of the linear one at the same heads.
 
         The error's gradient reaches the feature maps alone.
         """
         q, k, v = jax.lax.stop_gradient(self.heads_of(x, rotation))
-        out = softmax_attention(q, k, v)
+        out = layout.softmax_attention(q, k, v)
         wanted = out.astype(jnp.float32)
-        error = jnp.square(linear_attention(q, k, v, self.maps()).astype(jnp.float32) - wanted)
-        return self.to_out(out.reshape(x.shape)), jnp.mean(error) / jnp.mean(jnp.square(wanted))
+        linear = layout.linear_attention(q, k, v, self.maps()).astype(jnp.float32)
+        # Pads add zero to both sums.
+        error = jnp.sum(jnp.square(linear - wanted)) / jnp.sum(jnp.square(wanted))
+        return self.to_out(out.reshape(x.shape)), error
 
 
-def _softmax(r, q, k, v, maps):
-    return softmax_attention(q, k, v)
+def _softmax(layout, r, q, k, v, maps):
+    return layout.softmax_attention(q, k, v)
 
 
-def _linear_only(r, q, k, v, maps):
-    return linear_attention(q, k, v, maps)
+def _linear_only(layout, r, q, k, v, maps):
+    return layout.linear_attention(q, k, v, maps)
 
 
-def _mix(r, q, k, v, maps):
+def _mix(layout, r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
-    quadratic = softmax_attention(q, k, v).astype(jnp.float32)
-    linear = linear_attention(q, k, v, maps).astype(jnp.float32)
+    quadratic = layout.softmax_attention(q, k, v).astype(jnp.float32)
+    linear = layout.linear_attention(q, k, v, maps).astype(jnp.float32)
     return (r * quadratic + (1 - r) * linear).astype(v.dtype)
 
 
@@ -196,11 +202,12 @@ class CrossAttention(Attention):
         x: Float[Array, "batch tokens dim"],
         text: Float[Array, "batch text dim"],
         bias: Float[Array, "batch 1 1 text"] | None,
+        layout: Layout,
     ) -> Float[Array, "batch tokens dim"]:
         q = self.normed(self.to_q(x), self.norm_q).astype(x.dtype)
         k = self.normed(self.to_k(text), self.norm_k).astype(x.dtype)
         v = self.split_heads(self.to_v(text))
-        return self.to_out(softmax_attention(q, k, v, bias=bias).reshape(x.shape))
+        return self.to_out(layout.cross_attention(q, k, v, bias).reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -226,7 +233,7 @@ class Block(nnx.Module):
         self.norm2 = ScaleBias(config.dim)
         self.ffn = FeedForward(config, rngs)
 
-    def __call__(self, x, text, text_bias, time, rotation, r, mode, measure: bool = False):
+    def __call__(self, x, text, text_bias, time, rotation, layout, r, mode, measure: bool = False):
         """x `[batch, tokens, dim]` float32, text in the compute dtype, time `[batch, 6, dim]`.
 
         Returns the next x; with `measure` (x, `SelfAttention.with_error`'s error).
@@ -236,12 +243,12 @@ class Block(nnx.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=1)
         y = (layer_norm(x, self.eps) * (1 + scale_1) + shift_1).astype(dtype)
         if measure:
-            attended, error = self.attn1.with_error(y, rotation)
+            attended, error = self.attn1.with_error(y, rotation, layout)
         else:
-            attended, error = self.attn1(y, rotation, r, mode), None
+            attended, error = self.attn1(y, rotation, r, mode, layout), None
         x = x + attended.astype(jnp.float32) * gate_1
         y = layer_norm(x, self.eps) * self.norm2.scale[...] + self.norm2.bias[...]
-        x = x + self.attn2(y.astype(dtype), text, text_bias).astype(jnp.float32)
+        x = x + self.attn2(y.astype(dtype), text, text_bias, layout).astype(jnp.float32)
         y = (layer_norm(x, self.eps) * (1 + scale_2) + shift_2).astype(dtype)
         x = x + self.ffn(y).astype(jnp.float32) * gate_2
         return (x, error) if measure else x

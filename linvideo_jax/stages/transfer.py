@@ -6,41 +6,61 @@ rounded and the rest of the run trains the rounded model. Where layers are not c
 (`selection`), the second part is left out.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grain
 import jax
 import numpy as np
 from absl import logging
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, report
+from linvideo_jax.data import loader, online, trajectories
+from linvideo_jax.data.trajectories import Index
 from linvideo_jax.errors import UserError
+from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
-from linvideo_jax.stages import collect
+from linvideo_jax.parallel import hosts
+from linvideo_jax.parallel.placement import Placement, whole
+from linvideo_jax.parts import flatten
+from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
-from linvideo_jax.transfer.recipe import Recipe, knobs_at
-from linvideo_jax.transfer.samples import Data
+from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
+from linvideo_jax.transfer.samples import Draw
 
 
-def on_device(collection: collect.Collection) -> Data:
-    """The whole collection as device arrays; `starts` are the rows of noise."""
-    return jax.device_put(
-        {
-            **collection.pairs._asdict(),
-            "starts": np.flatnonzero(collection.pairs.step == 0).astype(np.int32),
-            "sigmas": collection.sigmas.astype(np.float32),
-            "text": collection.text,
-            "text_lengths": collection.text_lengths,
-            "negative_text": collection.negative_text,
-            "negative_length": collection.negative_length,
-        }
+def recipe_of(
+    config, settings, index: Index, teacher: checkpoints.Checkpoint, layout: Any = None
+) -> Recipe:
+    """What an update on pairs with this index is compiled for; settings: `config.transfer`."""
+    return Recipe.of(
+        settings,
+        training.student_config(teacher.wan_config),
+        teacher.wan_config,
+        index.sampler,
+        config.dtype,
+        sigmas=index.sigmas,
+        store_velocity=index.made["store_velocity"],
+        layout=layout,
     )
+
+
+def samples_of(
+    pairs: trajectories.Pairs | online.Pairs, recipe: Recipe, settings, seed: int
+) -> grain.MapDataset:
+    """The samples of a run, by their number."""
+    draw = Draw(pairs, recipe, settings.negative_fraction, settings.own_steps)
+    return loader.samples(pairs, draw, seed, recipe.batch_size)
 
 
 def run(config, workdir: Path) -> None:
     """Trains and writes the student to `workdir/final`."""
     settings, workdir = config.transfer, Path(workdir)
-    teacher = checkpoints.load(config.checkpoint)
+    teacher = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
+    placement = Placement.of(config, teacher.wan_config.num_attention_heads)
+    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
     num_layers = teacher.wan_config.num_layers
     selection.check(settings, num_layers)
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
@@ -48,14 +68,17 @@ def run(config, workdir: Path) -> None:
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
-    collection = collect.read(workdir)
-    wan_config = training.student_config(teacher.wan_config)
-    recipe = Recipe.of(settings, wan_config, teacher.wan_config, collection.sampler, config.dtype)
+    final = final_weights(settings)
+    teacher = replace(teacher, transformer=placement.params(teacher.transformer))
+    pairs = collect.opened(config, workdir, teacher, settings.batch_size, placement)
+    index = pairs.index
+    recipe = recipe_of(config, settings, index, teacher, placement.layout)
+    rows = placement.rows(settings.batch_size, settings.accumulate)
     score_params = None
     if recipe.has_score_network:
-        score_params = score_network(settings.score_network, teacher)
+        score_params = placement.params(score_network(settings.score_network, teacher))
     layers = selection.before_training(settings, num_layers, read_profile(settings, workdir))
-    data = on_device(collection)
+    dataset = samples_of(pairs, recipe, settings, config.seed)
     choose_at = settings.round_at if layers is None else settings.warmup_steps
     schedule = optimizers.warmup_cosine(
         settings.learning_rate,
@@ -66,48 +89,92 @@ def run(config, workdir: Path) -> None:
     maps_schedule = training.warmup_schedule(settings)
     seed = jax.random.key(config.seed)
 
-    def step_of_run(state, step):
-        key = jax.random.fold_in(seed, step)
+    def step_of_run(state, step, batch):
         warming, selecting = step < settings.warmup_steps, step < choose_at
         rate = maps_schedule(step) if warming else schedule(step - settings.warmup_steps + 1)
-        knobs = knobs_at(settings, step, rate, collection.guidance_scale, selecting)
+        knobs = knobs_at(settings, step, rate, index.made["guidance_scale"], selecting)
+        batch = placement.batch(batch, settings.batch_size)
         if warming:
-            return training.warmup(recipe, state, data, knobs, key)
+            return training.warmup(recipe, state, batch, knobs)
         if step == choose_at:
-            state = chosen(state, layers, settings, workdir)
-        before = state["mode"]
-        state, metrics = training.update(recipe, state, teacher.transformer, data, knobs, key)
-        if selecting and settings.freeze_steps:
-            log_frozen(before, state["mode"], step + 1)
-        return state, metrics
+            state = placement.params(chosen(state, layers, settings, workdir))
+        key = jax.random.fold_in(seed, step)
+        return training.update(recipe, state, teacher.transformer, batch, knobs, key)
 
-    initial = training.initial_state(settings, wan_config, teacher.transformer)
+    def initial(teacher, score):
+        shapes = index.latent_shape, index.text_shape
+        state = training.initial_state(settings, recipe.student, teacher)
+        return state | training.objectives_state(recipe, score, *shapes)
+
+    # In a list, to be let go of when the loop has it.
+    begin = [placement.make(initial, teacher.transformer, score_params)]
+    del score_params
+    # From here on the teacher's kernels are in the dtype in which they act.
+    teacher = replace(teacher, transformer=training.frozen(teacher.transformer, recipe.dtype))
+
+    folder = workdir / "state" / "transfer"
+    events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
+    if settings.freeze_steps:
+        events.append((settings.log_every, monitoring.frozen_layers(choose_at)))
+    if settings.sample_every:
+        samples = monitoring.Samples(
+            folder, teacher, recipe.student, config, settings.sample_prompts
+        )
+        events.insert(0, (settings.sample_every, samples))
+    tokens = flops.video_tokens(recipe.student, index.latent_shape)
+    if hosts.is_first():
+        monitoring.write_facts(folder, settings, recipe.student, tokens, index.text_shape[0])
     state = loop.run(
         "transfer",
         step_of_run,
-        initial | training.objectives_state(recipe, score_params, data),
+        begin.pop(),
         num_steps=settings.num_steps,
-        folder=workdir / "state" / "transfer",
+        folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
+        data=loader.batches(dataset, settings.batch_size, num_threads=pairs.num_threads, rows=rows),
+        keep=settings.keep,
+        best=settings.best,
+        guard=loop.Guard(
+            settings.objective if settings.objective in ONLY_VELOCITY else "anchor",
+            settings.divergence_factor,
+            settings.divergence_steps,
+            fresh_at=(settings.warmup_steps, choose_at),
+        ),
+        events=events,
+        profile_at=settings.profile_at,
     )
+    weights = whole(state[final])
+    if not hosts.is_first():
+        return
+    report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save(
+    checkpoints.save_flat(
         workdir / "final",
         config=checkpoints.make_config(
-            wan_config,
+            recipe.student,
             teacher.vae_config,
             teacher.umt5_config,
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state["params"]),
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
+        flat={"transformer": flatten(weights), **beside},
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
     )
+
+
+def final_weights(settings) -> str:
+    """Where in the state the student's weights are; UserError for an average that is not kept."""
+    known = {"raw": "params", "ema": "ema"}
+    if settings.final_weights not in known:
+        raise UserError(
+            f"transfer.final_weights is {settings.final_weights!r}: choose one of raw, ema."
+        )
+    if settings.final_weights == "ema" and not settings.ema_decay:
+        raise UserError("transfer.final_weights is 'ema': set transfer.ema_decay above 0, too.")
+    return known[settings.final_weights]
 
 
 def score_network(folder: str, teacher: checkpoints.Checkpoint) -> Params:
@@ -158,12 +225,6 @@ def chosen(state: training.State, layers, settings, workdir: Path) -> training.S
         if told["moved"]:
             logging.warning("rounding alone would have placed layers %s otherwise", told["moved"])
         entry |= told
-    loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
+    if hosts.is_first():
+        loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
     return selection.placed(state, layers)
-
-
-def log_frozen(before: jax.Array, after: jax.Array, step: int) -> None:
-    """A line in the log for every layer that froze at this update."""
-    for layer in np.flatnonzero(np.asarray(before) != np.asarray(after)):
-        kind = "linear" if after[layer] == wan.LINEAR else "softmax"
-        logging.info("layer %d frozen as %s after step %d", layer, kind, step)

@@ -1,5 +1,6 @@
 """What a compiled update depends on (`Recipe`), and what may change from call to call (`Knobs`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,60 +8,134 @@ import jax
 import numpy as np
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.models import remat
+from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.optimizers import OPTIMIZERS
 from linvideo_jax.transfer import scores
 
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
 OBJECTIVES = ("adm", "adm_score", "mse", "own_points", "dmd")
 WITH_SCORE_NETWORK = ("adm_score", "dmd")
+ONLY_VELOCITY = ("mse", "own_points")  # the others need it for the anchor alone
 CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
     "weighting": ("paper", "clipped", "normalised"),
+    "optimizer": OPTIMIZERS,
+    "remat": remat.POLICIES,
 }
+COUNTS = ("batch_size", "accumulate", "score_updates", "rollout_steps")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Static: another value is another program. Rows that differ in `Knobs` alone share one.
 
-    sampler: of the stored trajectories; dtype: of the matrix products; the rest are fields of
-    `config.transfer`.
+    dtype: of the matrix products; sampler, sigmas: of the teacher's trajectories; velocity: where
+    the teacher's velocity at x_t' comes from: "stored", the "teacher" (one forward more), or
+    "unused"; layout: of the mesh, None on one device; the rest are fields of `config.transfer`.
     """
 
     student: WanConfig
     teacher: WanConfig
     sampler: str
     dtype: np.dtype
+    sigmas: tuple[float, ...]
+    velocity: str
     objective: str
     t_to: str
     weighting: str
+    optimizer: str
+    remat: str
     batch_size: int
-    remat: bool
+    accumulate: int
     clip_norm: float
+    weight_decay: float
     score_updates: int
     rollout_steps: int
+    layout: Layout | None = None
 
     @classmethod
-    def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
-        """From `config.transfer`; UserError for a choice that is unknown or a count below 1."""
+    def of(
+        cls,
+        settings,
+        student: WanConfig,
+        teacher: WanConfig,
+        sampler: str,
+        dtype,
+        *,
+        sigmas: Sequence[float],
+        store_velocity: str = "both",
+        layout: Layout | None = None,
+    ) -> "Recipe":
+        """From `config.transfer`, and `config.collect.store_velocity`, what the pairs hold.
+
+        UserError for a choice that is unknown, a count below 1, a batch that `accumulate` does not
+        divide, a remat that this backend lacks, or velocities that are needed and neither stored
+        nor to be had.
+        """
         for name, known in CHOICES.items():
             if settings[name] not in known:
                 raise UserError(
                     f"transfer.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
                 )
-        counts = ("batch_size", "score_updates", "rollout_steps")
-        for name in counts:
+        for name in COUNTS:
             if settings[name] < 1:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
-        fields = (*CHOICES, *counts, "remat", "clip_norm")
+        if settings.batch_size % settings.accumulate:
+            raise UserError(
+                f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
+                f"transfer.batch_size, {settings.batch_size}."
+            )
+        if not remat.available(settings.remat):
+            raise UserError(
+                f"transfer.remat is {settings.remat!r}, but this backend has no host memory for "
+                "it: choose full."
+            )
+        fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
-        return cls(student, teacher, sampler, np.dtype(dtype), **own)
+        own |= {"sigmas": tuple(map(float, sigmas))}
+        own |= {"velocity": _velocity(settings, store_velocity)}
+        return cls(student, teacher, sampler, np.dtype(dtype), **own, layout=layout)
+
+    @property
+    def steps(self) -> int:
+        """Of the grid: pairs of one video."""
+        return len(self.sigmas) - 1
 
     @property
     def has_score_network(self) -> bool:
         """Whether the objective trains a network beside the student."""
         return self.objective in WITH_SCORE_NETWORK
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of a network a sample and update, a backward pass counted as two of them.
+
+        What remat computes anew is not counted (objectives.py lists where the forwards are).
+        """
+        gradient = 3 * (self.rollout_steps if self.objective == "dmd" else 1)
+        beside = {"adm": 2, "adm_score": 2, "mse": 0, "own_points": 3, "dmd": 2}[self.objective]
+        if self.velocity == "teacher" and self.objective != "own_points":
+            beside += 1
+        critic = self.score_updates * (self.rollout_steps + 3) if self.has_score_network else 0
+        return gradient + beside + critic
+
+
+def _velocity(settings, store_velocity: str) -> str:
+    """`Recipe.velocity`: stored if it can be, else as cheap as may be."""
+    if store_velocity == "both" or (store_velocity == "cond" and not settings.negative_fraction):
+        return "stored"
+    if settings.objective not in ONLY_VELOCITY and not settings.beta:
+        return "unused"
+    if store_velocity == "cond":
+        raise UserError(
+            f"collect.store_velocity is 'cond', but transfer.negative_fraction is "
+            f"{settings.negative_fraction}, and those samples need the negative prompt's velocity: "
+            "choose store_velocity 'both' or 'none', or negative_fraction 0."
+        )
+    return "teacher"
 
 
 class Knobs(NamedTuple):
@@ -80,6 +155,8 @@ class Knobs(NamedTuple):
     own_steps: int
     own_share: float
     guidance_scale: float
+    ema_decay: float
+    ema_age: int  # updates that the moving average has seen
 
 
 def knobs_at(
@@ -88,6 +165,10 @@ def knobs_at(
     """The knobs of a step of the run; `selecting`: whether the scores still move."""
     duration = max(settings.round_at - settings.warmup_steps, 1)
     alpha = scores.annealed_alpha((step - settings.warmup_steps) / duration, *settings.alpha)
+    # The average begins anew where the layers are placed: before, they were another model's.
+    begun = settings.warmup_steps
+    if settings.selection == "selective" and not selecting:
+        begun = settings.round_at
     return Knobs(
         learning_rate=learning_rate,
         feature_map_rate=settings.feature_map_rate,
@@ -102,4 +183,6 @@ def knobs_at(
         own_steps=settings.own_steps,
         own_share=settings.own_share,
         guidance_scale=guidance_scale,
+        ema_decay=settings.ema_decay,
+        ema_age=max(step - begun, 0),
     )

@@ -1,6 +1,6 @@
 """The training of a student: its state, its loss, and the updates of warm-up and transfer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.transfer import objectives, samples, scores, selection
 from linvideo_jax.transfer.recipe import Knobs, Recipe
-from linvideo_jax.transfer.samples import Batch, Data
+from linvideo_jax.transfer.samples import Batch
 
 State = dict[str, Any]
 
@@ -32,31 +32,35 @@ def _is_map(path: tuple) -> bool:
     return "feature_map" in jax.tree_util.keystr(path)
 
 
-def weights_optimizer(clip_norm: float) -> optax.GradientTransformation:
-    """Muon (matrices) and Adam, of rate 1; Adam for the feature maps."""
+def weights_optimizer(settings) -> optax.GradientTransformation:
+    """The optimiser that `config.transfer` (or a Recipe) names, of rate 1; Adam for the maps."""
 
     def group(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "maps" if _is_map(path) else "weights", params
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.multi_transform(
-            {"weights": optimizers.muon_with_adam(), "maps": MAPS_OPTIMIZER}, group
-        ),
-    )
+    own = {"weights": optimizers.named(settings.optimizer), "maps": MAPS_OPTIMIZER}
+    parts = [optax.clip_by_global_norm(settings.clip_norm), optax.multi_transform(own, group)]
+    if settings.weight_decay:
+        parts.append(optimizers.decay_of_matrices(settings.weight_decay))
+    return optax.chain(*parts)
 
 
 def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> State:
-    """Student = teacher + initial feature maps, every layer mixed with score r_init."""
+    """Student = teacher + initial feature maps, every layer mixed with score r_init.
+
+    "ema", with `settings.ema_decay`: the moving average of the parameters. All is float32 but the
+    modes; the products are in the dtype of the recipe.
+    """
     params = jax.tree.map(jnp.asarray, teacher_params)
     maps = jax.tree.map(jnp.asarray, wan.initial_feature_map(config))
     params["blocks"]["attn1"]["feature_map"] = maps
     layers = config.num_layers
-    return {
+    average = {"ema": jax.tree.map(jnp.array, params)} if settings.ema_decay else {}
+    return average | {
         "params": params,
-        "optimizer": weights_optimizer(settings.clip_norm).init(params),
+        "optimizer": weights_optimizer(settings).init(params),
         "warmup": MAPS_OPTIMIZER.init(maps),
         "r": jnp.full((layers,), settings.r_init, jnp.float32),
         "mode": jnp.full((layers,), wan.MIX, jnp.int32),
@@ -64,18 +68,36 @@ def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> St
     }
 
 
-def objectives_state(recipe: Recipe, score_params: Params, data: Data) -> State:
-    """What the objective keeps beside the student: a score network, or the student's points."""
+def frozen(params: Params, dtype: Any) -> Params:
+    """Parameters that are not trained: the kernels of the layers in `dtype`, in which they act."""
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if names[0] == "blocks" and names[-1] == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def objectives_state(
+    recipe: Recipe,
+    score_params: Params,
+    latent_shape: Sequence[int],
+    text_shape: Sequence[int],
+) -> State:
+    """What the objective keeps beside the student: a score network, or the student's points.
+
+    latent_shape, text_shape: of a sample, without the axis batch.
+    """
     if recipe.has_score_network:
         params = jax.tree.map(jnp.asarray, score_params)
         return {"score": {"params": params, "optimizer": SCORE_OPTIMIZER.init(params)}}
     if recipe.objective == "own_points":
-        return {"own": samples.no_points(data, recipe.batch_size)}
+        return {"own": samples.no_points(recipe, latent_shape, text_shape)}
     return {}
 
 
 def network(
-    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat=False
+    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat="none"
 ) -> Callable[..., Array]:
     """(x, t, text, text_lengths) -> velocity."""
     model = bind(wan.WanTransformer, config, params)
@@ -83,7 +105,7 @@ def network(
     def velocity(x, t, text, text_lengths):
         time = samples.network_time(t, recipe.sampler)
         options = {"r": r, "mode": mode, "dtype": recipe.dtype, "remat": remat}
-        return model(x, time, text, text_lengths, **options)
+        return model(x, time, text, text_lengths, **options, layout=recipe.layout)
 
     return velocity
 
@@ -122,12 +144,15 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
         case "mse" | "own_points":
             matching, u_student = None, student(batch.x, batch.t_from)
 
-    velocity = objectives.velocity_matching(u_student, batch.u_teacher)
-    if matching is None:
-        objective, parts = velocity, {recipe.objective: velocity}
-    else:
-        objective = matching + knobs.beta * velocity
-        parts = {recipe.objective: matching, "anchor": velocity}
+    objective, parts = matching, {recipe.objective: matching}
+    if recipe.velocity != "unused":
+        stored = recipe.velocity == "stored"
+        u_teacher = batch.u_teacher if stored else teacher(batch.x, batch.t_from)
+        velocity = objectives.velocity_matching(u_student, u_teacher)
+        if matching is None:
+            objective, parts = velocity, {recipe.objective: velocity}
+        else:
+            objective, parts = matching + knobs.beta * velocity, parts | {"anchor": velocity}
     con = scores.constraint(r, knobs.target)
     reg = scores.regulariser(r, knobs.alpha)
     total = objective + knobs.lambda_ * (con + reg)
@@ -135,56 +160,94 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
     return total, {"loss": total, "alpha": knobs.alpha} | parts
 
 
-def score_network_updates(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
+def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Knobs, key):
     """`score_updates` updates of the score network on samples of the present student.
 
-    A sample is reached from a stored state in `rollout_steps` Euler steps.
+    A sample is reached from a stored state, of `others`, in `rollout_steps` Euler steps.
     """
     student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
 
-    def one(score, key):
-        batch = samples.draw(data, recipe, knobs.negative_fraction, key)
+    def one(score, drawn):
+        batch, key = drawn
         x_0, _ = objectives.rollout(
             _on(batch, student), batch.x, batch.t_from, recipe.rollout_steps
         )
-        noised = samples.noise_and_times(data, batch.x, jax.random.fold_in(key, 3))
+        noised = samples.noise_and_times(recipe.sigmas, batch.x, key)
 
-        def error(params):
-            velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
-            return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+        def gradient(part):
+            batch, x_0, noised = part
 
-        value, grads = jax.value_and_grad(error)(score["params"])
+            def error(params):
+                velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
+                return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+
+            return jax.value_and_grad(error)(score["params"])
+
+        parts = (batch, x_0, noised), recipe.accumulate
+        value, grads = optimizers.mean_over_parts(gradient, *parts)
         changes, moments = SCORE_OPTIMIZER.update(grads, score["optimizer"])
         params = optimizers.apply(score["params"], changes, knobs.score_learning_rate)
         return {"params": params, "optimizer": moments}, value
 
-    score, values = jax.lax.scan(one, state["score"], jax.random.split(key, recipe.score_updates))
+    batches = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), others)
+    keys = jax.random.split(key, recipe.score_updates)
+    score, values = jax.lax.scan(one, state["score"], (batches, keys))
     return score, jnp.mean(values)
 
 
 @partial(jax.jit, static_argnames="recipe")
-def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, knobs: Knobs, key):
-    """One update of the student: (state, metrics). One compilation serves every `knobs`."""
-    batch = samples.draw(data, recipe, knobs.negative_fraction, key)
-    # draw takes up to fold_in(key, 2)
-    keys = jax.random.split(jax.random.fold_in(key, 3))
+def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, knobs: Knobs, key):
+    """One update of the student on a drawn batch: (state, metrics).
+
+    One compilation serves every `knobs`.
+    """
+    batch, keys = samples.wide(batch), jax.random.split(key)
     noised, more = None, {}
     if recipe.has_score_network:
-        noised = samples.noise_and_times(data, batch.x, keys[0])
-        score, more["score_loss"] = score_network_updates(recipe, state, data, knobs, keys[1])
+        noised = samples.noise_and_times(recipe.sigmas, batch.x, keys[0])
+        score, more["score_loss"] = score_network_updates(
+            recipe, state, batch.others, knobs, keys[1]
+        )
         state = state | {"score": score}
     if recipe.objective == "own_points":
         student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
         teacher = network(recipe, recipe.teacher, teacher_params)
-        points = samples.move(state["own"], data, student, knobs, keys[0])
-        batch = samples.own_points(batch, points, data, teacher, knobs, keys[1])
+        points = samples.move(state["own"], batch.fresh, recipe, student, knobs)
+        batch = samples.own_points(batch, points, recipe, teacher, knobs, keys[1])
         state = state | {"own": points}
+    batch = batch._replace(fresh=None, others=None)
+    grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
+    state, moved = stepped(recipe, state, grads, knobs)
+    metrics = _kept(recipe, metrics | moved | more)
+    return _kept(recipe, state), metrics | {"forwards": recipe.forwards}
 
+
+def _kept(recipe: Recipe, tree: State) -> State:
+    """A state, gradients or metrics, laid out on the mesh as they are kept from step to step."""
+    return tree if recipe.layout is None else recipe.layout.keep(tree)
+
+
+def gradients(
+    recipe: Recipe, state: State, teacher_params: Params, batch: Batch, noised, knobs: Knobs
+) -> tuple[State, dict[str, Array]]:
+    """(gradients of "params" and "r", parts of the loss), the batch in `accumulate` parts."""
     trained = {"params": state["params"], "r": state["r"]}
-    grads, metrics = jax.grad(loss, has_aux=True)(
-        trained, recipe, state, teacher_params, batch, noised, knobs
-    )
-    optimizer = weights_optimizer(recipe.clip_norm)
+
+    def of_part(part):
+        arguments = (recipe, state, teacher_params, *part, knobs)
+        grads, parts = jax.grad(loss, has_aux=True)(trained, *arguments)
+        return _kept(recipe, grads), parts
+
+    return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
+
+
+# What a run calls: the new state takes over the memory of the old one, which is half of it else.
+update_in_place = jax.jit(update, static_argnames="recipe", donate_argnames="state")
+
+
+def stepped(recipe: Recipe, state: State, grads, knobs: Knobs) -> tuple[State, dict[str, Array]]:
+    """(state, metrics) after the step that the gradient of "params" and "r" asks for."""
+    optimizer = weights_optimizer(recipe)
     changes, moments = optimizer.update(grads["params"], state["optimizer"], state["params"])
     changes = jax.tree_util.tree_map_with_path(
         lambda path, change: knobs.feature_map_rate * change if _is_map(path) else change, changes
@@ -195,15 +258,22 @@ def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, kno
     r, mode, settled = selection.freeze(
         r, state["mode"], state["settled"], knobs.target, knobs.freeze_steps
     )
+    params = optimizers.apply(state["params"], changes, knobs.learning_rate)
     new = state | {
-        "params": optimizers.apply(state["params"], changes, knobs.learning_rate),
+        "params": params,
         "optimizer": moments,
         "r": r,
         "mode": mode,
         "settled": settled,
     }
-    metrics |= {"r": r, "mixed_layers": jnp.sum(mode == wan.MIX)} | more
-    return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
+    if "ema" in state:
+        average = optimizers.moving_average(state["ema"], params, knobs.ema_decay, knobs.ema_age)
+        new["ema"] = average
+    return new, {
+        "r": r,
+        "mixed_layers": jnp.sum(mode == wan.MIX),
+        "gradient_norm": optax.tree.norm(grads["params"]),
+    }
 
 
 def warmup_schedule(settings) -> optax.Schedule:
@@ -212,9 +282,9 @@ def warmup_schedule(settings) -> optax.Schedule:
 
 
 @partial(jax.jit, static_argnames="recipe")
-def warmup(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
+def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     """Like `update`, for the fit of every layer's feature maps to its softmax attention."""
-    batch = samples.draw(data, recipe, knobs.negative_fraction, key)
+    batch = samples.wide(batch)
 
     def with_maps(maps):
         attn1 = state["params"]["blocks"]["attn1"] | {"feature_map": maps}
@@ -223,14 +293,13 @@ def warmup(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
     def error(maps):
         model = bind(wan.WanTransformer, recipe.student, with_maps(maps))
         time = samples.network_time(batch.t_from, recipe.sampler)
-        errors = model.attention_errors(
-            batch.x, time, batch.text, batch.text_lengths, dtype=recipe.dtype
-        )
+        inputs = batch.x, time, batch.text, batch.text_lengths
+        errors = model.attention_errors(*inputs, dtype=recipe.dtype, layout=recipe.layout)
         return jnp.sum(errors), errors
 
     maps = state["params"]["blocks"]["attn1"]["feature_map"]
     (total, errors), grads = jax.value_and_grad(error, has_aux=True)(maps)
     changes, moments = MAPS_OPTIMIZER.update(grads, state["warmup"])
     params = with_maps(optimizers.apply(maps, changes, knobs.learning_rate))
-    new = state | {"params": params, "warmup": moments}
-    return new, {"loss": total, "attention_errors": errors, "r": state["r"]}
+    new = _kept(recipe, state | {"params": params, "warmup": moments})
+    return new, _kept(recipe, {"loss": total, "attention_errors": errors, "r": state["r"]})
