@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels.dispatch import platform
+from kernels.gpu import target
 from kernels.linear_attention import pallas_gpu_kernels as bodies
-from kernels.linear_attention.gpu_tiles import GPU, TileConfig, choose, target
-from kernels.linear_attention.pallas_gpu_grid import Grid, padded_features
+from kernels.linear_attention import reference
+from kernels.linear_attention.gpu_tiles import Layer, TileConfig, choose, padded_features
+from kernels.linear_attention.pallas_gpu_grid import Grid
 from kernels.linear_attention.reference import TINY
 from kernels.linear_attention.types import FeatureMap, State
 
@@ -77,14 +79,19 @@ def _supported(
     """The tiles to use. Raises: as `linear_attention`."""
     if platform() != "gpu":
         raise NotImplementedError(f"needs an NVIDIA GPU, this is {platform()}")
-    gpu: GPU = target()
+    gpu = target()
     if gpu.capability < 8.0:
-        raise NotImplementedError(f"needs compute capability 8.0 or more, {gpu.kind} has {gpu.capability}")
+        raise NotImplementedError(f"needs an NVIDIA GPU from Ampere on, this is {gpu.kind}")
     if x.shape[-1] not in HEAD_DIMS:
         raise NotImplementedError(f"needs head_dim in {HEAD_DIMS}, got {x.shape[-1]}")
     if weight.shape[-1] > MAX_FEATURES:
         raise NotImplementedError(f"needs features up to {MAX_FEATURES}, got {weight.shape[-1]}")
-    return config or choose(gpu, x, weight.shape[-1])
+    config = config or choose(gpu, Layer.of(x, weight.shape[-1]))
+    if config.state is None or config.apply is None:
+        raise NotImplementedError(
+            f"{x.dtype} of head_dim {x.shape[-1]} needs more shared memory than {gpu.kind} has"
+        )
+    return config
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -108,6 +115,12 @@ def _state_forward(k, v, weight, lengths, config):
 def _state_backward(config, saved, gradient: State):
     k, v, weight, lengths = saved
     features = weight.shape[2]
+    if config.state_backward is None:
+        _, pull = jax.vjp(
+            lambda *args: reference.linear_attention_state(*args, lengths), k, v, _maps(weight)
+        )
+        dk, dv, maps = pull(gradient)
+        return dk, dv, maps.k, None
     grid = Grid.of(k, features, config.state_backward)
     dk, dv, dweight = grid.run(
         bodies.state_backward,
@@ -143,6 +156,9 @@ def _apply_forward(q, state, weight, config):
 def _apply_backward(config, saved, dout):
     q, state, weight = saved
     features, head_dim = weight.shape[2], q.shape[3]
+    if config.query_backward is None or config.apply_backward is None:
+        dq, state, maps = jax.vjp(reference.apply_state, q, state, _maps(weight))[1](dout)
+        return dq, state, maps.q
     grid = Grid.of(q, features, config.query_backward)
     dq, inverse, dlog, dweight = grid.run(
         bodies.query_backward,
@@ -161,6 +177,11 @@ def _apply_backward(config, saved, dout):
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
+
+
+def _maps(weight) -> FeatureMap:
+    """For a function of the reference that uses one of the two."""
+    return FeatureMap(weight, weight)
 
 
 def _constants(q, state: State, weight) -> list[Array]:

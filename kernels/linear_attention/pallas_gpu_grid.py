@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.linear_attention.gpu_tiles import Tiles
+from kernels.linear_attention.gpu_tiles import Tiles, padded_features
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
@@ -89,9 +89,7 @@ class Grid(NamedTuple):
             for shape in sums
         ]
         operands = [*tokens, *constants, *([] if lengths is None else [lengths])]
-        kernel = self._kernel(
-            body, len(tokens), constants, lengths is not None, len(made), sums
-        )
+        kernel = self._kernel(body, len(tokens), constants, lengths is not None, len(made), sums)
         return pl.pallas_call(
             kernel,
             name=body.__name__,
@@ -147,7 +145,3 @@ class Grid(NamedTuple):
 
         kernel.__name__ = body.__name__
         return kernel
-
-
-def padded_features(features: int) -> int:
-    return max(16, pl.next_power_of_2(features))
