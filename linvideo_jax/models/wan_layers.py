@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.linear_attention import FeatureMap, linear_attention
+from kernels.mixture import mix
 from kernels.softmax_attention import softmax_attention
 from linvideo_jax.models.rotary import rotate
 from linvideo_jax.models.wan_config import WanConfig
@@ -175,9 +176,7 @@ def _linear_only(r, q, k, v, maps):
 
 def _mix(r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
-    quadratic = softmax_attention(q, k, v).astype(jnp.float32)
-    linear = linear_attention(q, k, v, maps).astype(jnp.float32)
-    return (r * quadratic + (1 - r) * linear).astype(v.dtype)
+    return mix(r, softmax_attention(q, k, v), linear_attention(q, k, v, maps))
 
 
 class HedgehogMap(nnx.Module):
