@@ -1,6 +1,7 @@
 """Prompts and seeds to latents and videos, with any checkpoint."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +17,14 @@ from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.models.module import bind
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
 from linvideo_jax.models.vae_tiles import decode_tiles
-from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.models.wan import (
+    LINEAR,
+    SOFTMAX,
+    TimeEmbedding,
+    WanConfig,
+    WanTransformer,
+    cast_products,
+)
 from linvideo_jax.text import TextEmbeddings, text_bucket
 from linvideo_jax.turns import Turns, mark
 
@@ -110,6 +118,36 @@ def noise(
     return draw(jnp.asarray(np.asarray(seeds, np.uint32)))
 
 
+def sampling_network(
+    params: dict[str, Any],
+    config: WanConfig,
+    shape: tuple[int, ...],
+    timesteps: Float[np.ndarray, " steps"],
+    text: Float[Array, "halves*videos tokens text_dim"],
+    lengths: Int[Array, " halves*videos"],
+    *,
+    mode: Int[Array, " layers"] | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[TimeEmbedding, Callable[[Array, TimeEmbedding], tuple[Array, ...]]]:
+    """(times, network) of a sampling loop; what no step changes is computed here, once.
+
+    network(x, time) gives the velocities of x `[videos, ...]` of this shape, one for each half of
+    the text; both halves pass as one batch. time: a row of `times`, which has one for each step.
+    """
+    params = params | {"blocks": cast_products(params["blocks"], dtype)}
+    model = bind(WanTransformer, config, params)
+    times = model.embed_time(jnp.asarray(timesteps)[:, None])  # for a batch of 1, that is for all
+    tokens = math.prod(shape[1:4]) // math.prod(config.patch_size)
+    text = model.embed_text(text, lengths, video_tokens=tokens, dtype=dtype)
+    halves = lengths.shape[0] // shape[0]
+
+    def network(x, time):
+        u = model(jnp.concatenate([x] * halves), time, text, None, mode=mode, dtype=dtype)
+        return tuple(jnp.split(u, halves))
+
+    return times, network
+
+
 @partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype"))
 def denoise(
     params: dict[str, Any],
@@ -129,18 +167,16 @@ def denoise(
     `text` holds the prompts and, behind them, the negative prompts: both halves pass the network as
     one batch. With the prompts alone there is no guidance.
     """
-    model = bind(WanTransformer, config, params)
-    halves = text.shape[0] // noise.shape[0]
-
-    def velocity(x, timestep):
-        timesteps = jnp.full((text.shape[0],), timestep)
-        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, mode=mode, dtype=dtype)
-        if halves == 1:
-            return u
-        return rectified.guided(*jnp.split(u, 2), guidance_scale)
-
     grid = np.array(sigmas)
-    times = grids.network_timesteps(grid, sampler)
+    timesteps = grids.network_timesteps(grid, sampler)
+    times, network = sampling_network(
+        params, config, noise.shape, timesteps, text, lengths, mode=mode, dtype=dtype
+    )
+
+    def velocity(x, time):
+        u, *negative = network(x, time)
+        return rectified.guided(u, *negative, guidance_scale) if negative else u
+
     return solvers.sample(velocity, noise, grid, sampler, times=times)
 
 

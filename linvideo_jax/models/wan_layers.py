@@ -1,6 +1,6 @@
 """Layers of the Wan2.1 transformer; `wan.py` stacks and scans them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class PatchEmbedding(nnx.Module):
         self.kernel = nnx.Param(flat.reshape(*patch, *shape))
         self.bias = nnx.Param(jnp.zeros(config.dim))
 
+    @jax.named_scope("patch_embedding")
     def __call__(
         self, latents: Float[Array, "batch frames height width channels"]
     ) -> Float[Array, "batch tokens dim"]:
@@ -82,12 +83,19 @@ class TimeEmbedder(nnx.Module):
         self.linear_1 = linear(config.freq_dim, config.dim, rngs, **options)
         self.linear_2 = linear(config.dim, config.dim, rngs, **options)
 
-    def __call__(self, timestep: Float[Array, "batch"]) -> Float[Array, "batch dim"]:
+    def __call__(self, timestep: Float[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         half = self.freq_dim // 2
         frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
-        angles = timestep.astype(jnp.float32)[:, None] * frequencies
+        angles = timestep.astype(jnp.float32)[..., None] * frequencies
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class TimeEmbedding(NamedTuple):
+    """What the network knows of the time, float32: in the head, and in every block."""
+
+    head: Float[Array, "*batch dim"]
+    blocks: Float[Array, "*batch 6 dim"]
 
 
 class ConditionEmbedder(nnx.Module):
@@ -97,6 +105,13 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = TextEmbedder(config, rngs)
         self.time_embedder = TimeEmbedder(config, rngs)
         self.time_proj = linear(config.dim, 6 * config.dim, rngs, precision="highest")
+
+    @jax.named_scope("time_embedding")
+    def embed_time(self, timestep: Float[Array, "*batch"]) -> TimeEmbedding:
+        """Of timesteps in [0, 1000]; of all steps of a sampler at once, one product each."""
+        head = self.time_embedder(timestep)
+        blocks = self.time_proj(jax.nn.silu(head))
+        return TimeEmbedding(head, blocks.reshape(*head.shape[:-1], 6, head.shape[-1]))
 
 
 class Attention(nnx.Module):
@@ -129,6 +144,7 @@ class SelfAttention(Attention):
         if config.feature_map == "hedgehog":
             self.feature_map = HedgehogMap(config)
 
+    @jax.named_scope("self_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
@@ -144,6 +160,7 @@ class SelfAttention(Attention):
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
         return self.to_out(out.reshape(x.shape))
 
+    @jax.named_scope("queries_keys_values")
     def heads_of(self, x, rotation):
         """Normed and rotated q and k, and v, each `[batch, tokens, heads, head_dim]`."""
         q = rotate(self.normed(self.to_q(x), self.norm_q), rotation).astype(x.dtype)
@@ -188,19 +205,31 @@ class HedgehogMap(nnx.Module):
         self.q, self.k = (nnx.Param(jnp.asarray(initial[name][0])) for name in ("q", "k"))
 
 
+class TextKeys(NamedTuple):
+    """Keys and values of a text in the compute dtype; of all layers on axis 0, or of one."""
+
+    k: Float[Array, "*layers batch text heads head_dim"]
+    v: Float[Array, "*layers batch text heads head_dim"]
+
+
 class CrossAttention(Attention):
     """Attention of the video tokens to the text, without positions."""
 
+    @jax.named_scope("text_keys")
+    def keys(self, text: Float[Array, "batch text dim"]) -> TextKeys:
+        """What the video tokens see of an embedded text, the same at every step of a sampler."""
+        k = self.normed(self.to_k(text), self.norm_k).astype(text.dtype)
+        return TextKeys(k, self.split_heads(self.to_v(text)))
+
+    @jax.named_scope("cross_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        text: Float[Array, "batch text dim"],
+        keys: TextKeys,
         bias: Float[Array, "batch 1 1 text"] | None,
     ) -> Float[Array, "batch tokens dim"]:
         q = self.normed(self.to_q(x), self.norm_q).astype(x.dtype)
-        k = self.normed(self.to_k(text), self.norm_k).astype(x.dtype)
-        v = self.split_heads(self.to_v(text))
-        return self.to_out(softmax_attention(q, k, v, bias=bias).reshape(x.shape))
+        return self.to_out(softmax_attention(q, *keys, bias=bias).reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -210,6 +239,7 @@ class FeedForward(nnx.Module):
         self.linear_1 = linear(config.dim, config.ffn_dim, rngs)
         self.linear_2 = linear(config.ffn_dim, config.dim, rngs)
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
 
@@ -226,12 +256,12 @@ class Block(nnx.Module):
         self.norm2 = ScaleBias(config.dim)
         self.ffn = FeedForward(config, rngs)
 
-    def __call__(self, x, text, text_bias, time, rotation, r, mode, measure: bool = False):
-        """x `[batch, tokens, dim]` float32, text in the compute dtype, time `[batch, 6, dim]`.
+    def __call__(self, x, keys, text_bias, time, rotation, r, mode, measure: bool = False):
+        """x `[batch, tokens, dim]` float32, keys `TextKeys` of this layer, time `[#batch, 6, dim]`.
 
         Returns the next x; with `measure` (x, `SelfAttention.with_error`'s error).
         """
-        dtype = text.dtype
+        dtype = keys.v.dtype
         modulation = self.scale_shift_table[...] + time
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=1)
         y = (layer_norm(x, self.eps) * (1 + scale_1) + shift_1).astype(dtype)
@@ -241,7 +271,7 @@ class Block(nnx.Module):
             attended, error = self.attn1(y, rotation, r, mode), None
         x = x + attended.astype(jnp.float32) * gate_1
         y = layer_norm(x, self.eps) * self.norm2.scale[...] + self.norm2.bias[...]
-        x = x + self.attn2(y.astype(dtype), text, text_bias).astype(jnp.float32)
+        x = x + self.attn2(y.astype(dtype), keys, text_bias).astype(jnp.float32)
         y = (layer_norm(x, self.eps) * (1 + scale_2) + shift_2).astype(dtype)
         x = x + self.ffn(y).astype(jnp.float32) * gate_2
         return (x, error) if measure else x

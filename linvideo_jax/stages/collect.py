@@ -15,7 +15,6 @@ from linvideo_jax.data import trajectories
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.models import wan
-from linvideo_jax.models.module import bind
 from linvideo_jax.progress import Progress
 
 
@@ -37,7 +36,7 @@ def make_rollout(wan_config: wan.WanConfig, sigmas, sampler: str, guidance_scale
 
     `text` and `lengths` hold the conditional half, then the negative half.
     """
-    times = grids.network_timesteps(sigmas, sampler)
+    timesteps = grids.network_timesteps(sigmas, sampler)
 
     @jax.jit
     def rollout(
@@ -46,12 +45,12 @@ def make_rollout(wan_config: wan.WanConfig, sigmas, sampler: str, guidance_scale
         text: Float[Array, "2*videos tokens text_dim"],
         lengths: Int[Array, " 2*videos"],
     ):
-        model = bind(wan.WanTransformer, wan_config, params)
+        times, network = pipeline.sampling_network(
+            params, wan_config, noise.shape, timesteps, text, lengths, dtype=dtype
+        )
 
         def velocity(x, time):
-            both = jnp.concatenate([x, x])
-            u = model(both, jnp.full((both.shape[0],), time), text, lengths, dtype=dtype)
-            u_cond, u_neg = jnp.split(u, 2)
+            u_cond, u_neg = network(x, time)
             return rectified.guided(u_cond, u_neg, guidance_scale), (
                 x.astype(jnp.bfloat16),
                 u_cond.astype(jnp.bfloat16),
