@@ -15,7 +15,16 @@ from pathlib import Path
 
 from absl import flags
 
-from linvideo_jax import command_line, folders, generate, pipeline, requests, text, turns
+from linvideo_jax import (
+    command_line,
+    compiled_programs,
+    folders,
+    generate,
+    pipeline,
+    requests,
+    text,
+    turns,
+)
 from linvideo_jax.errors import UserError
 
 
@@ -63,6 +72,7 @@ def sample(argv: Sequence[str]) -> None:
     out = Path(values.out)
     folders.check_writable(out, "--out")
 
+    compiled_programs.keep_on_disk()
     checkpoint = turns.open_folder(values.checkpoint)
     cache = Path(values.text_cache) if values.text_cache else text.default_folder()
     model = pipeline.Pipeline(checkpoint, text_folder=cache)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import logging
 
-from linvideo_jax import command_line, config_files, folders, stages
+from linvideo_jax import command_line, compiled_programs, config_files, folders, stages
 
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
@@ -29,6 +29,7 @@ def train(argv: Sequence[str]) -> None:
     config = config_files.override(config_files.load(given["config"]), overrides)
     folders.check_writable(Path(given["workdir"]), "--workdir")
     logging.set_verbosity(logging.WARNING)
+    compiled_programs.keep_on_disk()
     stages.run(config, Path(given["workdir"]))
 
 

@@ -182,14 +182,17 @@ class SelfAttention(Attention):
         return self.to_out(out.reshape(x.shape)), jnp.mean(error) / jnp.mean(jnp.square(wanted))
 
 
+@jax.named_scope("softmax")
 def _softmax(r, q, k, v, maps):
     return softmax_attention(q, k, v)
 
 
+@jax.named_scope("linear")
 def _linear_only(r, q, k, v, maps):
     return linear_attention(q, k, v, maps)
 
 
+@jax.named_scope("mix")
 def _mix(r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
     quadratic = softmax_attention(q, k, v).astype(jnp.float32)
