@@ -18,9 +18,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 if not __package__:  # run by its path: the packages are in the folder above, not in this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,7 +25,7 @@ if not __package__:  # run by its path: the packages are in the folder above, no
 from absl import flags
 
 from benchmarks import random_checkpoint
-from linvideo_jax import checkpoints, command_line, folders, loop
+from linvideo_jax import command_line, folders, loop
 from linvideo_jax.models import registry
 from linvideo_jax.parts import DTYPES, PARTS
 
@@ -63,15 +60,6 @@ def watched(words: Sequence[str]) -> dict[str, float]:
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
     return {"seconds": time.perf_counter() - start, "peak_rss_anon": peak}
-
-
-def compare(folder: Path, flat: dict[str, Any], part: str, count: int = 8) -> None:
-    """Some arrays of an imported checkpoint against what they were made from, bit for bit."""
-    stored = checkpoints.read_flat(folder, (part,))[1][part]
-    assert stored.keys() == flat.keys()
-    for name in sorted(flat)[:: max(1, len(flat) // count)]:
-        one, other = (np.ascontiguousarray(a).view(np.uint8) for a in (stored[name], flat[name]))
-        assert np.array_equal(one, other), name
 
 
 def program(argv: Sequence[str]) -> None:
@@ -112,18 +100,14 @@ def program(argv: Sequence[str]) -> None:
         words = [f"--source={source}", f"--out={ours}", f"--parts={','.join(parts)}"]
         result["import"] = watched(["convert/from_torch.py", *words])
         shutil.rmtree(source)
-        for part in parts:
-            wanted = random_checkpoint.random_flat(part, getattr(sizes, part), given["dtype"])
-            compare(ours, wanted, part)
+        random_checkpoint.check(ours, sizes, parts, given["dtype"])
         base = [f"--base={random_checkpoint.TOKENIZER.parent}"] if alone else []
         layout = "linvideo" if alone else given["layout"]
         words = [f"--checkpoint={ours}", f"--out={back}", f"--layout={layout}", *base]
         result["export"] = watched(["convert/to_torch.py", *words])
         shutil.rmtree(ours)
         if alone or given["layout"] == "diffusers":
-            for part in parts:
-                wanted = random_checkpoint.random_flat(part, getattr(sizes, part), given["dtype"])
-                compare(back, wanted, part)
+            random_checkpoint.check(back, sizes, parts, given["dtype"])
     finally:
         for leftover in (source, ours, back):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -111,3 +111,14 @@ def write(
     else:
         exporter.write_diffusers(folder, config, manifest, flat, TOKENIZER, scheduler)
     return sum(array.nbytes for arrays in flat.values() for array in arrays.values())
+
+
+def check(folder: Path, sizes: ModelSizes, parts: Sequence[str], dtype: str) -> None:
+    """AssertionError unless some arrays of each part are bit for bit those that `write` made."""
+    for part in parts:
+        wanted = random_flat(part, getattr(sizes, part), dtype)
+        stored = checkpoints.read_flat(folder, (part,))[1][part]
+        assert stored.keys() == wanted.keys()
+        for name in sorted(wanted)[:: max(1, len(wanted) // 8)]:
+            pair = (np.ascontiguousarray(a).view(np.uint8) for a in (stored[name], wanted[name]))
+            assert np.array_equal(*pair), name
