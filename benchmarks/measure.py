@@ -26,6 +26,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
 
 GIB = 2**30
+_CHILD = "LINVIDEO_BENCHMARK_PART"  # set where another process of the benchmark shows the whole
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "tokamax", "nvidia-cudnn-cu13")
 
 
@@ -61,6 +62,11 @@ class Results:
         return "error" not in self._all["parts"].get(part, {"error": ""})
 
     @property
+    def everything(self) -> dict[str, Any]:
+        """The file's content."""
+        return self._all
+
+    @property
     def parts(self) -> dict[str, Any]:
         """Figures by part; of one that failed, {"error": what}."""
         return self._all["parts"]
@@ -90,7 +96,8 @@ def run_parts(
     for part in set(wanted) - set(missing):
         print(f"{part}: measured before")
     if len(wanted) > 1:
-        codes = [subprocess.call([*command, f"--parts={part}"]) for part in missing]
+        child = os.environ | {_CHILD: "1"}
+        codes = [subprocess.call([*command, f"--parts={part}"], env=child) for part in missing]
         if any(codes):
             raise SystemExit(1)
         return
@@ -106,7 +113,12 @@ def run_parts(
             raise SystemExit(1) from error
         figures["part_seconds"] = time.perf_counter() - start
         results.add(part, figures)
-        print(json.dumps({part: figures}, indent=1), flush=True)
+        print(json.dumps({part: figures}), flush=True)
+
+
+def is_part() -> bool:
+    """Whether this process does one part for another, which shows the results."""
+    return _CHILD in os.environ
 
 
 def device_bytes(key: str = "bytes_in_use") -> int:
@@ -224,5 +236,12 @@ def _normal(key, shape, dtype, scale):
 
 
 def command(file: str, argv: Sequence[str]) -> list[str]:
-    """This program with its flags, without --parts."""
-    return [sys.executable, file, *(word for word in argv[1:] if not word.startswith("--parts"))]
+    """This program with its flags, without those that choose parts."""
+    words = (word for word in argv[1:] if not word.startswith(("--parts", "--scaling")))
+    return [sys.executable, file, *words]
+
+
+def with_flags(words: str) -> dict[str, str]:
+    """The environment with more flags for XLA, and without programs that others compiled."""
+    given = os.environ.get("XLA_FLAGS", "")
+    return {**os.environ, "XLA_FLAGS": f"{given} {words}".strip(), "JAX_COMPILATION_CACHE_DIR": ""}
