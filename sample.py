@@ -53,6 +53,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_samples", 1, "videos of each prompt", **define)
     flags.DEFINE_bool("vbench_names", False, "name files PROMPT-INDEX.mp4", **define)
     flags.DEFINE_bool("vae_tiling", False, "decode by tiles: less memory, more time", **define)
+    flags.DEFINE_bool("resident", False, "keep transformer and VAE on the device", **define)
     flags.DEFINE_integer("batch_size", None, "videos at a time; default at most 4", **define)
     return values
 
@@ -75,7 +76,7 @@ def sample(argv: Sequence[str]) -> None:
     compiled_programs.keep_on_disk()
     checkpoint = turns.open_folder(values.checkpoint)
     cache = Path(values.text_cache) if values.text_cache else text.default_folder()
-    model = pipeline.Pipeline(checkpoint, text_folder=cache)
+    model = pipeline.Pipeline(checkpoint, text_folder=cache, resident=values.resident)
     settings = pipeline.Settings.of(checkpoint, **overrides)
     videos = requests.make_requests(
         rows,

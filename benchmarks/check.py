@@ -20,19 +20,19 @@ from linvideo_jax.errors import UserError
 
 FLAGS = {"new": (None, "JSON of this run"), "stored": (None, "JSON to compare it with")}
 # Of one measurement each, and of what is no work of ours: shown by the benchmarks, not compared.
+LABELS = ("row", "tokens", "batch")  # what tells the entries of a list apart
 ONCE = ("part_seconds", "made_seconds", "compile_seconds", "low", "high")
 
 
 def seconds(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
     """(where, seconds) of everything timed in a result."""
     if isinstance(value, dict):
-        label = [str(value[k]) for k in ("row", "tokens", "batch") if k in value]
         for key, inner in value.items():
             if key == "seconds" or (key not in ONCE and isinstance(inner, dict | list)):
-                yield from seconds(inner, (*path, *label, *([] if key == "seconds" else [key])))
+                yield from seconds(inner, path if key == "seconds" else (*path, key))
     elif isinstance(value, list):
         for inner in value:
-            yield from seconds(inner, path)
+            yield from seconds(inner, (*path, *(str(inner[k]) for k in LABELS if k in inner)))
     elif isinstance(value, int | float):
         yield " / ".join(path), float(value)
 

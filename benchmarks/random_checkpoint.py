@@ -7,6 +7,7 @@ so that a network runs through them without overflow. They repeat after 2^24 num
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "wan_digits" / "tok
 
 def random_flat(part: str, config: Any, dtype: str, linear_layers: Sequence[int] = ()) -> Flat:
     """Every parameter of a part under its flat name, made when it is read, the same each time."""
-    block = np.random.default_rng(0).normal(size=BLOCK).astype(np.float32)
-    block = np.where(np.abs(block) < 2**-6, np.float32(2**-6), block).astype(DTYPES[dtype])
+    block = _block(dtype)
     linear = {str(layer) for layer in linear_layers}
     return {
         name: LazyArray(
@@ -37,6 +37,14 @@ def random_flat(part: str, config: Any, dtype: str, linear_layers: Sequence[int]
         for name, shape in flat_shapes(part, config).items()
         if FEATURE_MAP not in name or name.split(".")[1] in linear
     }
+
+
+@cache
+def _block(dtype: str) -> np.ndarray:
+    """Standard normal numbers; none so small that a power of two would take it to zero."""
+    block = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
+    block[np.abs(block) < 2**-6] = 2**-6
+    return block.astype(DTYPES[dtype])
 
 
 def _values(name: str, shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Prompts and seeds to latents and videos, with any checkpoint."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -14,19 +13,25 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
+from linvideo_jax.metrics.flops import video_tokens
 from linvideo_jax.models.module import bind
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
 from linvideo_jax.models.vae_tiles import decode_tiles
 from linvideo_jax.models.wan import (
     LINEAR,
     SOFTMAX,
+    TEXT_TOKENS,
     TimeEmbedding,
     WanConfig,
     WanTransformer,
     cast_products,
+    pads_are_keys,
 )
 from linvideo_jax.text import TextEmbeddings, text_bucket
 from linvideo_jax.turns import Turns, mark
+
+# Relative error of a text embedding, and of a velocity, against float32.
+BFLOAT16_BOUND = 0.01
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def sampling_network(
     params = params | {"blocks": cast_products(params["blocks"], dtype)}
     model = bind(WanTransformer, config, params)
     times = model.embed_time(jnp.asarray(timesteps)[:, None])  # for a batch of 1, that is for all
-    tokens = math.prod(shape[1:4]) // math.prod(config.patch_size)
+    tokens = video_tokens(config, shape[1:])
     text = model.embed_text(text, lengths, video_tokens=tokens, dtype=dtype)
     halves = lengths.shape[0] // shape[0]
 
@@ -183,12 +188,20 @@ def denoise(
 class Pipeline:
     """A checkpoint ready to sample: all of it loaded, or from `turns.open_folder`.
 
-    Of the latter, one network at a time is on the device. `dtype` is that of the networks' matrix
-    products, the VAE's excepted, which runs in float32 as Wan's does; by default bfloat16 on an
-    accelerator and float32 on a CPU. `text_folder`: where text embeddings are kept for other runs.
+    Of the latter, one network at a time is on the device, unless they are `resident` (see `Turns`).
+    `dtype` is that of the networks' matrix products, the VAE's excepted, which runs in float32 as
+    Wan's does; by default float32 on a CPU, and bfloat16 on an accelerator: with trained weights
+    that moves a text embedding and a velocity by less than 1% (`BFLOAT16_BOUND`). `text_folder`:
+    where text embeddings are kept for other runs.
     """
 
-    def __init__(self, checkpoint: Any, dtype: Any = None, text_folder: Path | None = None):
+    def __init__(
+        self,
+        checkpoint: Any,
+        dtype: Any = None,
+        text_folder: Path | None = None,
+        resident: bool = False,
+    ):
         self.checkpoint = checkpoint
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
@@ -196,7 +209,7 @@ class Pipeline:
         if checkpoint.linear_layers:
             self.mode = np.full(checkpoint.wan_config.num_layers, SOFTMAX, np.int32)
             self.mode[list(checkpoint.linear_layers)] = LINEAR
-        self._turns = Turns(checkpoint, self.dtype)
+        self._turns = Turns(checkpoint, self.dtype, resident)
         self.texts = TextEmbeddings(
             checkpoint.tokenizer,
             checkpoint.umt5_config,
@@ -245,6 +258,8 @@ class Pipeline:
         self.encode([*prompts, negative] if guided else prompts)
         shortest = len(self.texts[negative]) if guided else 0
         buckets = [text_bucket(max(len(self.texts[prompt]), shortest)) for prompt in prompts]
+        if pads_are_keys(video_tokens(self.checkpoint.wan_config, shape)):
+            buckets = [TEXT_TOKENS] * len(prompts)  # one program for all lengths
         for bucket in sorted(set(buckets)):
             rows = [i for i, b in enumerate(buckets) if b == bucket]
             for first in range(0, len(rows), batch_size):

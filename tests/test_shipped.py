@@ -1,9 +1,11 @@
 """The shipped models: their sizes, diffusers' loading and sampling, what the classifier reads."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 from linvideo_jax import checkpoints, pipeline
 from linvideo_jax.data import captions, digits
 from linvideo_jax.metrics import agreement, classifier, frechet
+from linvideo_jax.models import module
+from linvideo_jax.models.wan import WanTransformer
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "digits_classifier"
@@ -94,6 +98,26 @@ def test_diffusers_samples_the_shipped_student_as_we_do(pipe):
     maps = str(folder / "linvideo.safetensors")
     assert processor.use_linear_layers(transformer, maps) == list(student.linear_layers)
     assert error_beside_diffusers(plain, student, PROMPTS[:1], 2) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["wan_digits", "wan_digits_linear"])
+def test_bfloat16_stays_within_its_bound(name):
+    """What accelerators compute in by default: text encoder and transformer, trained weights."""
+    checkpoint = checkpoints.load(ASSETS / name)
+    exact, rounded = (pipeline.Pipeline(checkpoint, d) for d in (jnp.float32, jnp.bfloat16))
+    (text, lengths), (low, _) = (p.encode_prompts(PROMPTS) for p in (exact, rounded))
+
+    @partial(jax.jit, static_argnames="dtype")
+    def velocity(params, dtype):
+        model = module.bind(WanTransformer, checkpoint.wan_config, params)
+        time = jnp.array([990.0, 100.0])
+        return model(latents, time, text, lengths, mode=exact.mode, dtype=dtype)
+
+    latents = pipeline.noise([0, 1], exact.latent_shape(pipeline.Settings.of(checkpoint)))
+    u = [velocity(checkpoint.transformer, dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    for value, wanted in ((low, text), (u[1], u[0])):
+        error = jnp.linalg.norm(value - wanted) / jnp.linalg.norm(wanted)
+        assert 0 < error < pipeline.BFLOAT16_BOUND
 
 
 def test_shipped_student_has_half_of_the_layers_linear():
