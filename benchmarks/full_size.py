@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import convert_memory, measure, random_checkpoint
-from linvideo_jax import checkpoints, command_line, folders, parts, pipeline, turns, video
+from linvideo_jax import checkpoints, command_line, folders, parts, pipeline, turns
 from linvideo_jax.flow import grids
 from linvideo_jax.models import module, registry
 from linvideo_jax.models.registry import ModelSizes
@@ -121,12 +121,16 @@ def sample_part(sizes: Scale, folder: Path) -> dict[str, Any]:
         figures[name] = _stages(parameters, prompts, settings, folder / f"{name}.mp4")
     peak = max(stage["peak_bytes"] for run in figures.values() for stage in run.values())
     figures |= {"peak_bytes": peak, "peak_within_goal": measure.within(peak, MEMORY_GOAL)}
+    from linvideo_jax import video
+
     made = video.read_mp4(folder / "warm.mp4")
     assert made.shape == (frames, height, width, 3), made.shape
     return figures | {"video": list(made.shape)}
 
 
 def _stages(model: pipeline.Pipeline, prompts, settings, path: Path) -> dict[str, Any]:
+    from linvideo_jax import video
+
     stages, networks = measure.Stage(), model._turns
     with stages("read text encoder"):
         jax.block_until_ready(networks.params("text_encoder"))

@@ -10,7 +10,8 @@ printed at the end, and written beside --out as .md and .svg. The parts:
 forward_1.3b, forward_14b   one forward of one video, all rows taking turns in every round; needs
                             diffusers for its rows
 steps_1.3b, steps_14b       consecutive steps of the sampling loop with guidance, and four without
-stages                      text encoder, VAE, mp4, and what moving weights to the GPU takes
+stages                      text encoder, VAE, and what moving weights to the GPU takes
+mp4                         writing the files; needs PyAV
 scaling                     one forward against the number of tokens (--scaling)
 batch                       one to eight videos in a forward (--scaling)
 profile_1.3b, profile_14b   the slowest kernels, and named scopes
@@ -37,7 +38,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import contenders, hot_kernels, latency_table, measure
-from linvideo_jax import command_line, pipeline, text, video
+from linvideo_jax import command_line, pipeline, text
 from linvideo_jax.flow import grids
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import module, registry
@@ -49,7 +50,7 @@ FLAGS = {
     "out": (None, "JSON file of the results"),
     "parts": (None, "what to measure; default the table's"),
 }
-TABLE = ("forward_1.3b", "steps_1.3b", "stages", "forward_14b", "steps_14b")
+TABLE = ("forward_1.3b", "steps_1.3b", "stages", "mp4", "forward_14b", "steps_14b")
 SCALING = ("scaling", "batch")
 
 # Tried by the part `flags`; XLA refuses what its version does not know, and that is recorded.
@@ -123,7 +124,7 @@ class Benchmark:
             known[f"ours_{name}"] = partial(self.forward, name, theirs=False)
             known[f"steps_{name}"] = partial(self.consecutive_steps, name)
             known[f"profile_{name}"] = partial(self.profile, name)
-        others = (self.stages, self.scaling, self.batch, self.pieces)
+        others = (self.stages, self.mp4, self.scaling, self.batch, self.pieces)
         return known | {part.__name__: part for part in others} | {"flags": self.flags}
 
     def forward(self, name: str, theirs: bool = True) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class Benchmark:
         return lambda: jax.block_until_ready(compiled(*inputs))
 
     def stages(self) -> dict[str, Any]:
-        """What is not the sampling loop, for both sizes."""
+        """What is not the sampling loop, for both sizes; files are in `mp4`."""
         runs, sizes = {}, self.sizes.values()
         umt5 = self.sizes["1.3b"].models.text_encoder
         params = measure.random_params(UMT5Encoder, umt5, self.dtype)
@@ -206,13 +207,21 @@ class Benchmark:
                 name = f"VAE decode, {jnp.dtype(dtype)}, {size.name}"
                 decode = partial(vae.decode_chunks, latents, dtype)
                 runs[name] = lambda decode=decode: jax.block_until_ready(decode())
-            clip = _moving_picture(size.frames, size.height, size.width)
-            runs[f"mp4, {size.name}"] = partial(_write, clip)
         figures |= measure.interleaved(runs, max(1, self.rounds // 2))
         moves = {size.name: partial(_move, size.models.transformer, self.dtype) for size in sizes}
         for name, move in moves.items():
             figures[f"weights to the device, {name}"] = move()
         return {"rows": figures}
+
+    def mp4(self) -> dict[str, Any]:
+        """Writing a video's file, on the CPU."""
+        runs = {
+            f"mp4, {size.name}": partial(
+                _write, _moving_picture(size.frames, size.height, size.width)
+            )
+            for size in self.sizes.values()
+        }
+        return {"rows": measure.interleaved(runs, 3)}
 
     def scaling(self) -> dict[str, Any]:
         """Videos of 17 to 1,281 frames at 480p: 8 thousand to 500 thousand tokens."""
@@ -304,6 +313,8 @@ def _moving_picture(frames: int, height: int, width: int) -> np.ndarray:
 
 
 def _write(clip: np.ndarray) -> None:
+    from linvideo_jax import video
+
     with tempfile.TemporaryDirectory() as folder:
         video.write_mp4(Path(folder) / "clip.mp4", clip)
 

@@ -1,4 +1,9 @@
-"""The table and the pictures of latency.py, from its JSON."""
+"""The table and the pictures of latency.py, from its JSON.
+
+python benchmarks/latency_table.py --results=runs/latency.json
+
+latency.py does it itself; this is for pictures of results that came from another machine.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,8 +15,7 @@ import numpy as np
 if not __package__:  # run by its path: the packages are in the folder above, not in this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from linvideo_jax import folders
-from linvideo_jax.report import charts, style
+from linvideo_jax import command_line, folders, loop
 
 KINDS = {"LinVideo": "after", "all linear": "before"}
 
@@ -21,7 +25,16 @@ def write(results: Mapping[str, Any], out: Path) -> None:
     words = "\n".join(markdown(results))
     print(words)
     _replace(out.with_suffix(".md"), words + "\n")
-    parts = _measured(results)
+    try:
+        _draw(_measured(results), out)
+    except ImportError as error:  # of what the reports need, on a bare GPU machine
+        print(f"no pictures, since {error.name} is not installed: draw them elsewhere, with")
+        print(f"python benchmarks/latency_table.py --results={out}")
+
+
+def _draw(parts: Mapping[str, Any], out: Path) -> None:
+    from linvideo_jax.report import charts, style
+
     rows = [
         (f"{part['size']}: {name}", row["seconds"] / part["rows"]["dense"]["seconds"], row, name)
         for key, part in parts.items()
@@ -85,9 +98,10 @@ def prompt_to_mp4(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
     50 steps with guidance are 50 times one of the measured consecutive ones. The text encoder is
     the measured call for each of prompt and negative prompt.
     """
-    if "stages" not in parts:
+    if not {"stages", "mp4"} <= parts.keys():
         return []
-    stages = {name: row["seconds"] for name, row in parts["stages"]["rows"].items()}
+    rows = parts["stages"]["rows"] | parts["mp4"]["rows"]
+    stages = {name: row["seconds"] for name, row in rows.items()}
     found = []
     for key, part in parts.items():
         if not key.startswith("steps_"):
@@ -116,6 +130,8 @@ def exponents(points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _scaling(points: Sequence[Mapping[str, Any]]) -> str:
+    from linvideo_jax.report import charts
+
     curves = []
     for row in dict.fromkeys(point["row"] for point in points):
         known = [p for p in points if p["row"] == row and "seconds" in p]
@@ -135,3 +151,20 @@ def _seconds(value: float) -> str:
 def _replace(path: Path, words: str) -> None:
     with folders.replacing(path) as temporary:
         temporary.write_text(words, encoding="utf-8")
+
+
+def program(argv: Sequence[str]) -> None:
+    """The table and pictures of a file; UserError if there is none."""
+    values = command_line.define({"results": (None, "JSON of latency.py")})
+    given = command_line.parse(values, argv, __doc__)
+    command_line.required(given, "results")
+    write(loop.read_json(Path(given["results"])), Path(given["results"]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program with `argv` (its own name first) and returns its exit code."""
+    return command_line.run(program, argv, "the same command starts anew")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

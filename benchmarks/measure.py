@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +220,10 @@ def random_params(module: type, config: Any, dtype: Any) -> Params:
         large = names[-1] == "embedding" or (names[0], names[-1]) == ("blocks", "kernel")
         if names[-1] == "scale":
             return jnp.ones(leaf.shape)
-        fan_in = np.prod(leaf.shape[names[0] == "blocks" : -1])
-        scale = 0.02 if names[-1] == "bias" else max(float(fan_in), 1.0) ** -0.5
-        return _normal(key, leaf.shape, jnp.dtype(dtype if large else jnp.float32), scale)
+        layers = leaf.shape[:1] if names[0] == "blocks" else ()
+        shape = leaf.shape[len(layers) :]
+        scale = 0.02 if names[-1] == "bias" else max(float(np.prod(shape[:-1])), 1.0) ** -0.5
+        return _normal(key, layers, shape, jnp.dtype(dtype if large else jnp.float32), scale)
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(module, config))
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
@@ -230,9 +232,14 @@ def random_params(module: type, config: Any, dtype: Any) -> Params:
     )
 
 
-def _normal(key, shape, dtype, scale):
-    make = jax.jit(lambda key: (jax.random.normal(key, shape, dtype) * scale).astype(dtype))
-    return make(key)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key, layers, shape, dtype, scale):
+    """Layer after layer: all random bits at once would take more memory than the model."""
+
+    def make(key):
+        return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
+
+    return jax.lax.map(make, jax.random.split(key, layers)) if layers else make(key)
 
 
 def command(file: str, argv: Sequence[str]) -> list[str]:

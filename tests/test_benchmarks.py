@@ -92,12 +92,13 @@ def test_check_compares_results_of_one_device(run, tmp_path):
 def test_table_and_pictures(tmp_path, capsys):
     assert results(1.0)["parts"]["scaling"]["exponents"] == {"dense": pytest.approx(2)}
     row = {"seconds": 12.0, "steps": 6}
-    stages = {"text encoder": 0.5, "VAE decode, float32, 1.3B": 2, "mp4, 1.3B": 1}
+    stages = {"text encoder": 0.5, "VAE decode, float32, 1.3B": 2}
     stages["weights to the device, 1.3B"] = 0.25
     rows = {name: {"seconds": seconds} for name, seconds in stages.items()}
     more = {
         "steps_1.3b": {"size": "1.3B", "rows": {"dense, guided": row, "dense, 4 steps": row}},
         "stages": {"rows": rows},
+        "mp4": {"rows": {"mp4, 1.3B": {"seconds": 1}}},
         "forward_14b": {"error": "no memory"},
     }
     latency_table.write(results(0.5, **more), tmp_path / "out.json")
