@@ -273,8 +273,8 @@ class Benchmark:
             x = jax.random.normal(jax.random.key(0), (size.tokens, dim), self.dtype)
             weights = jax.random.normal(jax.random.key(1), (3, dim, dim), self.dtype)
             one = jnp.concatenate(list(weights), axis=1)
-            apart = jax.jit(lambda x, weights: [x @ weight for weight in weights])
-            joint = jax.jit(lambda x, one: jnp.split(x @ one, 3, axis=1))
+            apart = jax.jit(lambda x, weights: _normed(*(x @ weight for weight in weights)))
+            joint = jax.jit(lambda x, one: _normed(*jnp.split(x @ one, 3, axis=1)))
             runs[f"q, k, v apart, {size.name}"] = partial(_ready, apart, x, weights)
             runs[f"q, k, v as one, {size.name}"] = partial(_ready, joint, x, one)
         return {"rows": measure.interleaved(runs, 4 * self.rounds)}
@@ -296,6 +296,16 @@ class Benchmark:
                     found[words] = {"error": " ".join(last)}
                 print(words or "none", found[words or "none"], flush=True)
         return {"flags": found}
+
+
+def _normed(q, k, v):
+    """What follows in a layer: RMS norms of q and k, and v as it is."""
+
+    def norm(x):
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+    return norm(q).astype(q.dtype), norm(k).astype(k.dtype), v
 
 
 def _ready(run, *inputs):
