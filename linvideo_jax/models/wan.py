@@ -38,6 +38,7 @@ __all__ = [
     "cast_products",
     "initial_feature_map",
     "pad_bias",
+    "pads_are_keys",
 ]
 
 # How a layer attends to its own tokens: the values of `mode`, in the order of its branches.

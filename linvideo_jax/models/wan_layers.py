@@ -154,7 +154,7 @@ class SelfAttention(Attention):
     ) -> Float[Array, "batch tokens dim"]:
         q, k, v = self.heads_of(x, rotation)
         if mode is None:
-            out = softmax_attention(q, k, v)
+            out = _softmax(r, q, k, v, None)
         else:
             branches = (_softmax, _linear_only, _mix)
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
