@@ -15,7 +15,8 @@ mp4                         writing the files; needs PyAV
 scaling                     one forward against the number of tokens (--scaling)
 batch                       one to eight videos in a forward (--scaling)
 profile_1.3b, profile_14b   the slowest kernels, and named scopes
-pieces                      choices that want a measurement: products apart or as one
+pieces                      choices that want a measurement: products apart or as one, the VAE's
+                            convolution by taps side by side (as it is) or as cuDNN's own
 flags                       one forward of 1.3B under other flags of XLA, each in a process
 """
 
@@ -44,6 +45,7 @@ from linvideo_jax.metrics import flops
 from linvideo_jax.models import module, registry
 from linvideo_jax.models.umt5 import UMT5Encoder
 from linvideo_jax.models.vae import WanVAE
+from linvideo_jax.models.vae_layers import convolve_time
 from linvideo_jax.models.wan import WanTransformer
 
 FLAGS = {
@@ -266,7 +268,7 @@ class Benchmark:
         return self._about(size) | {"rows": found}
 
     def pieces(self) -> dict[str, Any]:
-        """Queries, keys and values by three products or by one that is split afterwards."""
+        """Queries, keys and values by three products or one, convolutions in two or three axes."""
         runs = {}
         for size in self.sizes.values():
             dim = size.models.transformer.dim
@@ -277,6 +279,14 @@ class Benchmark:
             joint = jax.jit(lambda x, one: _normed(*jnp.split(x @ one, 3, axis=1)))
             runs[f"q, k, v apart, {size.name}"] = partial(_ready, apart, x, weights)
             runs[f"q, k, v as one, {size.name}"] = partial(_ready, joint, x, one)
+        size, width = self.sizes["1.3b"], self.sizes["1.3b"].models.vae.base_dim
+        for dtype in (jnp.float32, jnp.bfloat16):
+            x = jnp.ones((1, 6, size.height, size.width, width), dtype)
+            kernel = jax.random.normal(jax.random.key(2), (3, 3, 3, width, width), dtype)
+            for name, convolve in (("taps", convolve_time), ("3D", _convolve_3d)):
+                run = jax.jit(convolve)
+                inputs = (x, kernel, jnp.zeros(width, dtype))
+                runs[f"VAE convolution, {name}, {x.dtype}"] = partial(_ready, run, *inputs)
         return {"rows": measure.interleaved(runs, 4 * self.rounds)}
 
     def flags(self) -> dict[str, Any]:
@@ -306,6 +316,14 @@ def _normed(q, k, v):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
     return norm(q).astype(q.dtype), norm(k).astype(k.dtype), v
+
+
+def _convolve_3d(x, kernel, bias):
+    """`vae_layers.convolve_time` as one convolution in three axes."""
+    axes = ("NDHWC", "DHWIO", "NDHWC")
+    padding = [(0, 0), (1, 1), (1, 1)]
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=axes)
+    return y + bias
 
 
 def _ready(run, *inputs):

@@ -89,21 +89,22 @@ def test_diffusers_samples_the_shipped_student_as_we_do(pipe):
     folder = ASSETS / "wan_digits_linear"
     student = checkpoints.load(folder)
     transformer = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
-    plain = diffusers.WanPipeline(**{**pipe.components, "transformer": transformer})
-    plain.set_progress_bar_config(disable=True)
-    assert error_beside_diffusers(plain, student, PROMPTS[:1], 2) > 0.02, "softmax is not linear"
+    linear = diffusers.WanPipeline(**{**pipe.components, "transformer": transformer})
+    linear.set_progress_bar_config(disable=True)
     spec = importlib.util.spec_from_file_location("shipped", folder / "linvideo_processor.py")
     processor = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(processor)
     maps = str(folder / "linvideo.safetensors")
     assert processor.use_linear_layers(transformer, maps) == list(student.linear_layers)
-    assert error_beside_diffusers(plain, student, PROMPTS[:1], 2) < 1e-3
+    assert error_beside_diffusers(linear, student, PROMPTS[:1], 2) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["wan_digits", "wan_digits_linear"])
-def test_bfloat16_stays_within_its_bound(name):
-    """What accelerators compute in by default: text encoder and transformer, trained weights."""
-    checkpoint = checkpoints.load(ASSETS / name)
+def test_bfloat16_stays_within_its_bound():
+    """What accelerators compute in by default: text encoder and transformer, trained weights.
+
+    The student has layers of both kinds.
+    """
+    checkpoint = checkpoints.load(ASSETS / "wan_digits_linear")
     exact, rounded = (pipeline.Pipeline(checkpoint, d) for d in (jnp.float32, jnp.bfloat16))
     (text, lengths), (low, _) = (p.encode_prompts(PROMPTS) for p in (exact, rounded))
 
