@@ -72,8 +72,8 @@ def _totals(data: Any, scope_of: Mapping[str, str]) -> tuple[Counter, Counter]:
             for event in line.events:
                 stats = {key: value for key, value in event.stats if key is not None}
                 operation = str(stats.get("hlo_op", ""))
-                if not gpus and (not operation or operation.startswith(("while", "call"))):
-                    continue  # threads wait in other events, and loops hold other operations
+                if not gpus and (not operation or operation.startswith(("while", "call", "cond"))):
+                    continue  # threads wait in other events, and these hold others
                 milliseconds = event.duration_ns / 1e6
                 kernels[event.name] += milliseconds
                 scopes[scope_of.get(operation, NO_SCOPE)] += milliseconds

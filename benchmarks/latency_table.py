@@ -88,8 +88,31 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         for point in parts["batch"]["points"]:
             time = _seconds(point["seconds_per_video"])
             lines.append(f"| {point['batch']} | {point['row']} | {time} |")
+    for key, part in parts.items():
+        if key.startswith("profile_"):
+            lines += _profile(part)
     failed = {key: part["error"] for key, part in results["parts"].items() if "error" in part}
     return lines + [f"Not measured: {key} ({error})." for key, error in failed.items()]
+
+
+def _profile(part: Mapping[str, Any]) -> list[str]:
+    """Milliseconds by named scope, all rows; then LinVideo's slowest kernels."""
+    rows = part["rows"]
+    scopes = dict.fromkeys(scope for row in rows.values() for scope in row["scopes"])
+    lines = [
+        "",
+        f"| {part['size']}: ms in | " + " | ".join(rows) + " |",
+        "|---" * (1 + len(rows)) + "|",
+    ]
+    for scope in scopes:
+        times = (f"{row['scopes'].get(scope, 0):.1f}" for row in rows.values())
+        lines.append(f"| {scope} | {' | '.join(times)} |")
+    lines += ["", f"| {part['size']}, LinVideo: slowest kernels | ms | share |", "|---|---|---|"]
+    for kernel in rows["LinVideo"]["kernels"]:
+        lines.append(
+            f"| `{kernel['name']}` | {kernel['milliseconds']:.2f} | {kernel['share']:.1%} |"
+        )
+    return lines
 
 
 def prompt_to_mp4(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
