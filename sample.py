@@ -16,7 +16,16 @@ from pathlib import Path
 
 from absl import flags
 
-from linvideo_jax import command_line, folders, generate, pipeline, requests, text, turns
+from linvideo_jax import (
+    command_line,
+    compiled_programs,
+    folders,
+    generate,
+    pipeline,
+    requests,
+    text,
+    turns,
+)
 from linvideo_jax.errors import UserError
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.placement import Placement
@@ -48,6 +57,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_samples", 1, "videos of each prompt", **define)
     flags.DEFINE_bool("vbench_names", False, "name files PROMPT-INDEX.mp4", **define)
     flags.DEFINE_bool("vae_tiling", False, "decode by tiles: less memory, more time", **define)
+    flags.DEFINE_bool("resident", False, "keep transformer and VAE on the device", **define)
     flags.DEFINE_integer("batch_size", None, "videos at a time; default at most 4", **define)
     return values
 
@@ -68,10 +78,13 @@ def sample(argv: Sequence[str]) -> None:
     out = Path(values.out)
     folders.check_writable(out, "--out")
 
+    compiled_programs.keep_on_disk()
     checkpoint = turns.open_folder(values.checkpoint)
     placement = Placement.by_sizes(sizes, checkpoint.wan_config.num_attention_heads)
     cache = Path(values.text_cache) if values.text_cache else text.default_folder()
-    model = pipeline.Pipeline(checkpoint, text_folder=cache, placement=placement)
+    model = pipeline.Pipeline(
+        checkpoint, text_folder=cache, placement=placement, resident=values.resident
+    )
     settings = pipeline.Settings.of(checkpoint, **overrides)
     videos = requests.make_requests(
         rows,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import logging
 
-from linvideo_jax import command_line, config_files, folders, plan, stages
+from linvideo_jax import command_line, compiled_programs, config_files, folders, plan, stages
 from linvideo_jax.parallel import hosts
 
 FLAGS = {
@@ -37,6 +37,7 @@ def train(argv: Sequence[str]) -> None:
         folders.check_writable(Path(given["workdir"]), "--workdir")
     hosts.start(hosts.card({"workdir": given["workdir"], "config": config.to_dict()}))
     logging.set_verbosity(logging.WARNING)
+    compiled_programs.keep_on_disk()
     with hosts.together():
         stages.run(config, given["workdir"] and Path(given["workdir"]))
 

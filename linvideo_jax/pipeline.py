@@ -1,6 +1,6 @@
 """Prompts and seeds to latents and videos, with any checkpoint."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -13,15 +13,28 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
+from linvideo_jax.metrics.flops import video_tokens
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
 from linvideo_jax.models.vae_tiles import decode_tiles
-from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.models.wan import (
+    LINEAR,
+    SOFTMAX,
+    TEXT_TOKENS,
+    TimeEmbedding,
+    WanConfig,
+    WanTransformer,
+    cast_products,
+    pads_are_keys,
+)
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel import pictures
 from linvideo_jax.parallel.placement import Placement
 from linvideo_jax.text import TextEmbeddings, text_bucket
 from linvideo_jax.turns import Turns, mark
+
+# Relative error of a text embedding, and of a velocity, against float32.
+BFLOAT16_BOUND = 0.01
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,40 @@ def noise(
     return draw(jnp.asarray(np.asarray(seeds, np.uint32)))
 
 
+def sampling_network(
+    params: dict[str, Any],
+    config: WanConfig,
+    shape: tuple[int, ...],
+    timesteps: Float[np.ndarray, " steps"],
+    text: Float[Array, "halves*videos tokens text_dim"],
+    lengths: Int[Array, " halves*videos"],
+    *,
+    mode: Int[Array, " layers"] | None = None,
+    r: Float[Array, " layers"] | None = None,
+    dtype: Any = jnp.float32,
+    layout: Any = None,
+) -> tuple[TimeEmbedding, Callable[[Array, TimeEmbedding], tuple[Array, ...]]]:
+    """(times, network) of a sampling loop; what no step changes is computed here, once.
+
+    network(x, time) gives the velocities of x `[videos, ...]` of this shape, one for each half of
+    the text; both halves pass as one batch. time: a row of `times`, which has one for each step.
+    `mode`, `r`, `dtype`, `layout` as the network takes them.
+    """
+    params = params | {"blocks": cast_products(params["blocks"], dtype)}
+    model = bind(WanTransformer, config, params)
+    times = model.embed_time(jnp.asarray(timesteps)[:, None])  # for a batch of 1, that is for all
+    options = {"dtype": dtype, "layout": layout}
+    tokens = video_tokens(config, shape[1:])
+    text = model.embed_text(text, lengths, video_tokens=tokens, **options)
+    halves = lengths.shape[0] // shape[0]
+
+    def network(x, time):
+        u = model(jnp.concatenate([x] * halves), time, text, None, mode=mode, r=r, **options)
+        return tuple(jnp.split(u, halves))
+
+    return times, network
+
+
 @partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype", "layout"))
 def denoise(
     params: dict[str, Any],
@@ -135,29 +182,37 @@ def denoise(
     one batch. With the prompts alone there is no guidance. `r` is of layers whose mode is MIX;
     `layout` as the network takes it.
     """
-    model = bind(WanTransformer, config, params)
-    halves = text.shape[0] // noise.shape[0]
-
-    def velocity(x, timestep):
-        timesteps = jnp.full((text.shape[0],), timestep)
-        options = {"mode": mode, "r": r, "dtype": dtype, "layout": layout}
-        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, **options)
-        if halves == 1:
-            return u
-        return rectified.guided(*jnp.split(u, 2), guidance_scale)
-
     grid = np.array(sigmas)
-    times = grids.network_timesteps(grid, sampler)
+    timesteps = grids.network_timesteps(grid, sampler)
+    times, network = sampling_network(
+        params,
+        config,
+        noise.shape,
+        timesteps,
+        text,
+        lengths,
+        mode=mode,
+        r=r,
+        dtype=dtype,
+        layout=layout,
+    )
+
+    def velocity(x, time):
+        u, *negative = network(x, time)
+        return rectified.guided(u, *negative, guidance_scale) if negative else u
+
     return solvers.sample(velocity, noise, grid, sampler, times=times)
 
 
 class Pipeline:
     """A checkpoint ready to sample: all of it loaded, or from `turns.open_folder`.
 
-    Of the latter, one network at a time is on the device. `dtype` is that of the networks' matrix
-    products, the VAE's excepted, which runs in float32 as Wan's does; by default bfloat16 on an
-    accelerator and float32 on a CPU. `text_folder`: where text embeddings are kept for other runs.
-    `placement`: of one host, if the work is shared between devices.
+    Of the latter, one network at a time is on the device, unless they are `resident` (see `Turns`).
+    `dtype` is that of the networks' matrix products, the VAE's excepted, which runs in float32 as
+    Wan's does; by default float32 on a CPU, and bfloat16 on an accelerator: with trained weights
+    that moves a text embedding and a velocity by less than 1% (`BFLOAT16_BOUND`). `text_folder`:
+    where text embeddings are kept for other runs. `placement`: of one host, if the work is shared
+    between devices.
     """
 
     def __init__(
@@ -166,6 +221,7 @@ class Pipeline:
         dtype: Any = None,
         text_folder: Path | None = None,
         placement: Placement | None = None,
+        resident: bool = False,
     ):
         self.checkpoint = checkpoint
         self._placement = placement if placement and placement.layout else None
@@ -176,7 +232,7 @@ class Pipeline:
             self.mode = np.full(checkpoint.wan_config.num_layers, SOFTMAX, np.int32)
             self.mode[list(checkpoint.linear_layers)] = LINEAR
         place = self._placement.params if self._placement else jax.device_put
-        self._turns = Turns(checkpoint, self.dtype, place)
+        self._turns = Turns(checkpoint, self.dtype, place, resident)
         self.texts = TextEmbeddings(
             checkpoint.tokenizer,
             checkpoint.umt5_config,
@@ -234,6 +290,8 @@ class Pipeline:
         self.encode([*prompts, negative] if guided else prompts)
         shortest = len(self.texts[negative]) if guided else 0
         buckets = [text_bucket(max(len(self.texts[prompt]), shortest)) for prompt in prompts]
+        if pads_are_keys(video_tokens(self.checkpoint.wan_config, shape)):
+            buckets = [TEXT_TOKENS] * len(prompts)  # one program for all lengths
         for bucket in sorted(set(buckets)):
             rows = [i for i, b in enumerate(buckets) if b == bucket]
             for first in range(0, len(rows), batch_size):

@@ -1,7 +1,7 @@
 """Layers of the Wan2.1 transformer; `wan.py` stacks and scans them."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ class PatchEmbedding(nnx.Module):
         self.kernel = nnx.Param(flat.reshape(*patch, *shape))
         self.bias = nnx.Param(jnp.zeros(config.dim))
 
+    @jax.named_scope("patch_embedding")
     def __call__(
         self, latents: Float[Array, "batch frames height width channels"]
     ) -> Float[Array, "batch tokens dim"]:
@@ -84,12 +85,19 @@ class TimeEmbedder(nnx.Module):
         self.linear_1 = linear(config.freq_dim, config.dim, rngs, **options)
         self.linear_2 = linear(config.dim, config.dim, rngs, **options)
 
-    def __call__(self, timestep: Float[Array, "batch"]) -> Float[Array, "batch dim"]:
+    def __call__(self, timestep: Float[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         half = self.freq_dim // 2
         frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
-        angles = timestep.astype(jnp.float32)[:, None] * frequencies
+        angles = timestep.astype(jnp.float32)[..., None] * frequencies
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class TimeEmbedding(NamedTuple):
+    """What the network knows of the time, float32: in the head, and in every block."""
+
+    head: Float[Array, "*batch dim"]
+    blocks: Float[Array, "*batch 6 dim"]
 
 
 class ConditionEmbedder(nnx.Module):
@@ -99,6 +107,13 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = TextEmbedder(config, rngs)
         self.time_embedder = TimeEmbedder(config, rngs)
         self.time_proj = linear(config.dim, 6 * config.dim, rngs, precision="highest")
+
+    @jax.named_scope("time_embedding")
+    def embed_time(self, timestep: Float[Array, "*batch"]) -> TimeEmbedding:
+        """Of timesteps in [0, 1000]; of all steps of a sampler at once, one product each."""
+        head = self.time_embedder(timestep)
+        blocks = self.time_proj(jax.nn.silu(head))
+        return TimeEmbedding(head, blocks.reshape(*head.shape[:-1], 6, head.shape[-1]))
 
 
 class Attention(nnx.Module):
@@ -131,6 +146,7 @@ class SelfAttention(Attention):
         if config.feature_map == "hedgehog":
             self.feature_map = HedgehogMap(config)
 
+    @jax.named_scope("self_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
@@ -141,12 +157,13 @@ class SelfAttention(Attention):
     ) -> Float[Array, "batch tokens dim"]:
         q, k, v = self.heads_of(x, rotation)
         if mode is None:
-            out = layout.softmax_attention(q, k, v)
+            out = _softmax(layout, r, q, k, v, None)
         else:
             branches = [partial(branch, layout) for branch in (_softmax, _linear_only, _mix)]
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
         return self.to_out(out.reshape(x.shape))
 
+    @jax.named_scope("queries_keys_values")
     def heads_of(self, x, rotation):
         """Normed and rotated q and k, and v, each `[batch, tokens, heads, head_dim]`."""
         q = rotate(self.normed(self.to_q(x), self.norm_q), rotation).astype(x.dtype)
@@ -172,14 +189,17 @@ class SelfAttention(Attention):
         return self.to_out(out.reshape(x.shape)), error
 
 
+@jax.named_scope("softmax")
 def _softmax(layout, r, q, k, v, maps):
     return layout.softmax_attention(q, k, v)
 
 
+@jax.named_scope("linear")
 def _linear_only(layout, r, q, k, v, maps):
     return layout.linear_attention(q, k, v, maps)
 
 
+@jax.named_scope("mix")
 def _mix(layout, r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
     return mix(r, layout.softmax_attention(q, k, v), layout.linear_attention(q, k, v, maps))
@@ -193,20 +213,32 @@ class HedgehogMap(nnx.Module):
         self.q, self.k = (nnx.Param(jnp.asarray(initial[name][0])) for name in ("q", "k"))
 
 
+class TextKeys(NamedTuple):
+    """Keys and values of a text in the compute dtype; of all layers on axis 0, or of one."""
+
+    k: Float[Array, "*layers batch text heads head_dim"]
+    v: Float[Array, "*layers batch text heads head_dim"]
+
+
 class CrossAttention(Attention):
     """Attention of the video tokens to the text, without positions."""
 
+    @jax.named_scope("text_keys")
+    def keys(self, text: Float[Array, "batch text dim"]) -> TextKeys:
+        """What the video tokens see of an embedded text, the same at every step of a sampler."""
+        k = self.normed(self.to_k(text), self.norm_k).astype(text.dtype)
+        return TextKeys(k, self.split_heads(self.to_v(text)))
+
+    @jax.named_scope("cross_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        text: Float[Array, "batch text dim"],
+        keys: TextKeys,
         bias: Float[Array, "batch 1 1 text"] | None,
         layout: Layout,
     ) -> Float[Array, "batch tokens dim"]:
         q = self.normed(self.to_q(x), self.norm_q).astype(x.dtype)
-        k = self.normed(self.to_k(text), self.norm_k).astype(x.dtype)
-        v = self.split_heads(self.to_v(text))
-        return self.to_out(layout.cross_attention(q, k, v, bias).reshape(x.shape))
+        return self.to_out(layout.cross_attention(q, *keys, bias).reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -216,6 +248,7 @@ class FeedForward(nnx.Module):
         self.linear_1 = linear(config.dim, config.ffn_dim, rngs)
         self.linear_2 = linear(config.ffn_dim, config.dim, rngs)
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
 
@@ -232,12 +265,12 @@ class Block(nnx.Module):
         self.norm2 = ScaleBias(config.dim)
         self.ffn = FeedForward(config, rngs)
 
-    def __call__(self, x, text, text_bias, time, rotation, layout, r, mode, measure: bool = False):
-        """x `[batch, tokens, dim]` float32, text in the compute dtype, time `[batch, 6, dim]`.
+    def __call__(self, x, keys, text_bias, time, rotation, layout, r, mode, measure: bool = False):
+        """x `[batch, tokens, dim]` float32, keys `TextKeys` of this layer, time `[#batch, 6, dim]`.
 
         Returns the next x; with `measure` (x, `SelfAttention.with_error`'s error).
         """
-        dtype = text.dtype
+        dtype = keys.v.dtype
         modulation = self.scale_shift_table[...] + time
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=1)
         y = (layer_norm(x, self.eps) * (1 + scale_1) + shift_1).astype(dtype)
@@ -247,7 +280,7 @@ class Block(nnx.Module):
             attended, error = self.attn1(y, rotation, r, mode, layout), None
         x = x + attended.astype(jnp.float32) * gate_1
         y = layer_norm(x, self.eps) * self.norm2.scale[...] + self.norm2.bias[...]
-        x = x + self.attn2(y.astype(dtype), text, text_bias, layout).astype(jnp.float32)
+        x = x + self.attn2(y.astype(dtype), keys, text_bias, layout).astype(jnp.float32)
         y = (layer_norm(x, self.eps) * (1 + scale_2) + shift_2).astype(dtype)
         x = x + self.ffn(y).astype(jnp.float32) * gate_2
         return (x, error) if measure else x

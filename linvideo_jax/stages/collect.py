@@ -28,7 +28,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
-from linvideo_jax.models.module import Params, bind
+from linvideo_jax.models.module import Params
 from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.progress import Progress
 
@@ -46,7 +46,7 @@ def make_rollout(
     `text` and `lengths` hold the conditional half, then the negative half; `layout` as the network
     takes it.
     """
-    times = grids.network_timesteps(sigmas, sampler)
+    timesteps = grids.network_timesteps(sigmas, sampler)
 
     @jax.jit
     def rollout(
@@ -55,13 +55,12 @@ def make_rollout(
         text: Float[Array, "2*videos tokens text_dim"],
         lengths: Int[Array, " 2*videos"],
     ):
-        model = bind(wan.WanTransformer, wan_config, params)
+        times, network = pipeline.sampling_network(
+            params, wan_config, noise.shape, timesteps, text, lengths, dtype=dtype, layout=layout
+        )
 
         def velocity(x, time):
-            both = jnp.concatenate([x, x])
-            times = jnp.full((both.shape[0],), time)
-            u = model(both, times, text, lengths, dtype=dtype, layout=layout)
-            u_cond, u_neg = jnp.split(u, 2)
+            u_cond, u_neg = network(x, time)
             return rectified.guided(u_cond, u_neg, guidance_scale), (
                 x.astype(jnp.bfloat16),
                 u_cond.astype(jnp.bfloat16),
