@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import logging
 
-from linvideo_jax import command_line, config_files, folders, stages
+from linvideo_jax import command_line, config_files, folders, stages, sweep
 
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
@@ -29,7 +29,8 @@ def train(argv: Sequence[str]) -> None:
     config = config_files.override(config_files.load(given["config"]), overrides)
     folders.check_writable(Path(given["workdir"]), "--workdir")
     logging.set_verbosity(logging.WARNING)
-    stages.run(config, Path(given["workdir"]))
+    run = sweep.run if config.get("sweep") else stages.run
+    run(config, Path(given["workdir"]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,6 +22,14 @@ from linvideo_jax.progress import Progress
 Metrics = dict[str, jax.Array]
 
 
+class Diverged(UserError):
+    """A metric is not finite after `step` updates."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop, and its state is saved."""
 
@@ -112,8 +120,8 @@ def run(
     was interrupted and resumed equals an undisturbed one bit for bit. State is saved in
     `folder/checkpoints` every `save_every` steps, at the end, and when a signal arrives.
 
-    Raises Interrupted after that save, and UserError when a metric is not finite (such a state is
-    never saved) or when the state in `folder` is of another model.
+    Raises Interrupted after that save, Diverged when a metric is not finite (such a state is never
+    saved), and UserError when the state in `folder` is of another model.
     """
     folder = Path(folder).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -163,9 +171,10 @@ def _restore(manager: ocp.CheckpointManager, step: int, state: Any, folder: Path
 def _check_finite(name: str, step: int, values: dict[str, Any], folder: Path) -> None:
     for metric, value in values.items():
         if not np.isfinite(value).all():
-            raise UserError(
+            raise Diverged(
                 f"{name} diverged at step {step} ({metric} is not finite): lower its learning rate "
-                f"and delete {folder}, or go on from the state before."
+                f"and delete {folder}, or go on from the state before.",
+                step,
             )
 
 

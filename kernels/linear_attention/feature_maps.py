@@ -10,6 +10,7 @@ features of the projection a state holds, per head, that many numbers times head
 | `taylor` | 1 + F + F^2 | 4,161 | 273 |
 
 So Taylor's products with the state cost 33 times (9 times) as much as Hedgehog's.
+`attention` picks one by name.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from kernels.linear_attention.reference import apply_to_features, project, state_of_features
+from kernels.linear_attention.interface import linear_attention
+from kernels.linear_attention.reference import (
+    apply_to_features,
+    hedgehog,
+    project,
+    state_of_features,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+    from kernels.linear_attention.types import FeatureMap
 
 
 def relu(
@@ -54,3 +63,20 @@ def attend(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """phi_q (phi_k^T v) / (phi_q sum phi_k) (LinVideo, eq. 5), sums and division in float32."""
     return apply_to_features(phi_q, state_of_features(phi_k, v)).astype(v.dtype)
+
+
+FEATURES = {"hedgehog": hedgehog, "relu": relu, "taylor": taylor}
+
+
+def attention(
+    name: str,
+    q: Float[Array, "batch tokens heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads head_dim"],
+    feature_map: FeatureMap,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Linear attention with the features of this name; Hedgehog's alone have kernels."""
+    if name == "hedgehog":
+        return linear_attention(q, k, v, feature_map)
+    features = FEATURES[name]
+    return attend(features(q, feature_map.q), features(k, feature_map.k), v)

@@ -1,5 +1,6 @@
 """Layers of the Wan2.1 transformer; `wan.py` stacks and scans them."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.linear_attention import FeatureMap, linear_attention
+from kernels.linear_attention import FeatureMap
+from kernels.linear_attention.feature_maps import attention as linear_attention
 from kernels.softmax_attention import softmax_attention
 from linvideo_jax.models.rotary import rotate
 from linvideo_jax.models.wan_config import WanConfig
@@ -126,8 +128,9 @@ class SelfAttention(Attention):
 
     def __init__(self, config: WanConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        if config.feature_map == "hedgehog":
-            self.feature_map = HedgehogMap(config)
+        self.features = config.feature_map
+        if config.feature_map is not None:
+            self.feature_map = FeatureProjections(config)
 
     def __call__(
         self,
@@ -140,7 +143,7 @@ class SelfAttention(Attention):
         if mode is None:
             out = softmax_attention(q, k, v)
         else:
-            branches = (_softmax, _linear_only, _mix)
+            branches = (_softmax, partial(_linear_only, self.features), partial(_mix, self.features))
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
         return self.to_out(out.reshape(x.shape))
 
@@ -161,7 +164,8 @@ class SelfAttention(Attention):
         q, k, v = jax.lax.stop_gradient(self.heads_of(x, rotation))
         out = softmax_attention(q, k, v)
         wanted = out.astype(jnp.float32)
-        error = jnp.square(linear_attention(q, k, v, self.maps()).astype(jnp.float32) - wanted)
+        linear = linear_attention(self.features, q, k, v, self.maps())
+        error = jnp.square(linear.astype(jnp.float32) - wanted)
         return self.to_out(out.reshape(x.shape)), jnp.mean(error) / jnp.mean(jnp.square(wanted))
 
 
@@ -169,19 +173,19 @@ def _softmax(r, q, k, v, maps):
     return softmax_attention(q, k, v)
 
 
-def _linear_only(r, q, k, v, maps):
-    return linear_attention(q, k, v, maps)
+def _linear_only(features, r, q, k, v, maps):
+    return linear_attention(features, q, k, v, maps)
 
 
-def _mix(r, q, k, v, maps):
+def _mix(features, r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
     quadratic = softmax_attention(q, k, v).astype(jnp.float32)
-    linear = linear_attention(q, k, v, maps).astype(jnp.float32)
+    linear = linear_attention(features, q, k, v, maps).astype(jnp.float32)
     return (r * quadratic + (1 - r) * linear).astype(v.dtype)
 
 
-class HedgehogMap(nnx.Module):
-    """Hedgehog's projections of queries and keys, per head."""
+class FeatureProjections(nnx.Module):
+    """The feature map's projections of queries and keys, per head."""
 
     def __init__(self, config: WanConfig):
         initial = initial_feature_map(config)
@@ -254,13 +258,16 @@ def initial_feature_map(config: WanConfig) -> dict[str, np.ndarray]:
     frequencies, and scales it by c = sqrt(sqrt(head_dim) / 2). Then phi(q) phi(k), which grows as
     1 + c^2 (q k) / features, and softmax attention's exp(q k / sqrt(head_dim)) agree to first
     order on the pairs selected; on random rotated heads the divergence between the two attentions
-    was least near this scale, and changed little with the selection.
+    was least near this scale, and changed little with the selection. Taylor's products are
+    1 + s + s^2 / 2 of s = y_q y_k, so its W has the scale at which s is q k / sqrt(head_dim);
+    ReLU's cancels in the division.
     """
     head_dim = config.attention_head_dim
     pairs = np.arange(head_dim // 2)
     order = np.concatenate([pairs[0::2], pairs[1::2]])
     columns = np.stack([2 * order, 2 * order + 1], axis=-1).reshape(-1)[: head_dim // 2]
     weight = np.zeros((head_dim, head_dim // 2), np.float32)
-    weight[columns, np.arange(head_dim // 2)] = (head_dim**0.5 / 2) ** 0.5
+    scale = (head_dim**0.5 / 2) ** 0.5 if config.feature_map != "taylor" else head_dim**-0.25
+    weight[columns, np.arange(head_dim // 2)] = scale
     shape = (config.num_layers, config.num_attention_heads, *weight.shape)
     return {name: np.broadcast_to(weight, shape).copy() for name in ("q", "k")}

@@ -106,7 +106,7 @@ class Bench:
         self._data, self._held = transfer.on_device(split[0]), split[1]
         self._config, self._settings, self._teacher = config, settings, teacher
         self._seed = jax.random.key(config.seed)
-        student = training.student_config(teacher.wan_config)
+        student = training.student_config(teacher.wan_config, settings.feature_map)
         self._recipe = Recipe.of(
             settings, student, teacher.wan_config, collection.sampler, config.dtype
         )
@@ -176,7 +176,8 @@ class Bench:
             )
         row["error_after"] = self._error(state)
         if self._config.profile.num_prompts:
-            untrained = evaluation.untrained(self._teacher, layers)
+            features = self._recipe.student.feature_map
+            untrained = evaluation.untrained(self._teacher, layers, features)
             ours = self._sample(
                 f"layers_{layers[0]}_{layers[-1]}", replace(untrained, transformer=state["params"])
             )

@@ -37,19 +37,24 @@ def on_device(collection: collect.Collection) -> Data:
     )
 
 
-def run(config, workdir: Path) -> None:
-    """Trains and writes the student to `workdir/final`."""
-    settings, workdir = config.transfer, Path(workdir)
-    teacher = checkpoints.load(config.checkpoint)
-    num_layers = teacher.wan_config.num_layers
+def check(settings, num_layers: int) -> None:
+    """UserError for values of `config.transfer` that do not fit together or the model."""
     selection.check(settings, num_layers)
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
         raise UserError(
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
+
+
+def run(config, workdir: Path) -> None:
+    """Trains and writes the student to `workdir/final`."""
+    settings, workdir = config.transfer, Path(workdir)
+    teacher = checkpoints.load(config.checkpoint)
+    num_layers = teacher.wan_config.num_layers
+    check(settings, num_layers)
     collection = collect.read(workdir)
-    wan_config = training.student_config(teacher.wan_config)
+    wan_config = training.student_config(teacher.wan_config, settings.feature_map)
     recipe = Recipe.of(settings, wan_config, teacher.wan_config, collection.sampler, config.dtype)
     score_params = None
     if recipe.has_score_network:
@@ -154,7 +159,9 @@ def chosen(state: training.State, layers, settings, workdir: Path) -> training.S
     """The state with its layers placed, and `workdir/selection.json`, which says how."""
     entry = {"selection": settings.selection, "target": settings.target}
     if layers is None:
-        layers, told = selection.by_scores(state["r"], state["mode"], settings.target)
+        layers, told = selection.by_scores(
+            state["r"], state["mode"], settings.target, settings.rounding
+        )
         if told["moved"]:
             logging.warning("rounding alone would have placed layers %s otherwise", told["moved"])
         entry |= told

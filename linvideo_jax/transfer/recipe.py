@@ -63,6 +63,44 @@ class Recipe:
         return self.objective in WITH_SCORE_NETWORK
 
 
+class Forwards(NamedTuple):
+    """Passes of one update through each network, for one sample of its batch.
+
+    *_gradients: forward and backward; the others forward alone.
+    """
+
+    student: int
+    student_gradients: int
+    teacher: int
+    score: int
+    score_gradients: int
+
+    @property
+    def total(self) -> int:
+        """In forwards: a backward pass costs two."""
+        gradients = self.student_gradients + self.score_gradients
+        return self.student + self.teacher + self.score + 3 * gradients
+
+
+def forwards(recipe) -> Forwards:
+    """The passes of `training.update`, of a Recipe or `config.transfer` (table of objectives.py).
+
+    What `remat` makes anew in the backward pass is not counted, a rollout's second forward is.
+    """
+    steps = recipe.rollout_steps
+    counted = {
+        "adm": Forwards(1, 1, 1, 0, 0),
+        "adm_score": Forwards(0, 1, 1, 1, 0),
+        "mse": Forwards(0, 1, 0, 0, 0),
+        "own_points": Forwards(2, 1, 1, 0, 0),
+        "dmd": Forwards(steps, steps, 1, 1, 0),
+    }[recipe.objective]
+    if recipe.objective in WITH_SCORE_NETWORK:
+        critic = Forwards(steps, 0, 0, 0, 1)
+        counted = Forwards(*(a + recipe.score_updates * b for a, b in zip(counted, critic)))
+    return counted
+
+
 class Knobs(NamedTuple):
     """Runtime arguments of an update: numbers that a table of ablations varies, or that a schedule
     moves. r's start is in the state, the seed in the key."""

@@ -11,8 +11,10 @@ import optax
 from jaxtyping import Array
 
 from linvideo_jax import optimizers
+from linvideo_jax.errors import UserError
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params, bind
+from linvideo_jax.models.wan_config import FEATURE_MAPS
 from linvideo_jax.transfer import objectives, samples, scores, selection
 from linvideo_jax.transfer.recipe import Knobs, Recipe
 from linvideo_jax.transfer.samples import Batch, Data
@@ -23,9 +25,13 @@ MAPS_OPTIMIZER = optax.adam(1.0, b2=0.99)  # of the feature maps, in the warm-up
 SCORE_OPTIMIZER = optax.adam(1.0, b1=0.0, b2=0.999)  # as distillation codes train their critics
 
 
-def student_config(teacher: wan.WanConfig) -> wan.WanConfig:
-    """The teacher's sizes with feature maps in every layer."""
-    return replace(teacher, feature_map="hedgehog")
+def student_config(teacher: wan.WanConfig, feature_map: str = "hedgehog") -> wan.WanConfig:
+    """The teacher's sizes with feature maps in every layer; UserError for an unknown one."""
+    if feature_map not in FEATURE_MAPS:
+        raise UserError(
+            f"transfer.feature_map is {feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}."
+        )
+    return replace(teacher, feature_map=feature_map)
 
 
 def _is_map(path: tuple) -> bool:

@@ -1,0 +1,125 @@
+"""The table of a sweep: table.json, and table.md for people."""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from linvideo_jax import loop
+from linvideo_jax.folders import replacing
+from linvideo_jax.report import rows as records
+
+Table = dict[str, Any]
+
+# Of a row's record: where the figure is, its heading, factor and format.
+COLUMNS = (
+    (("figures", "right.all"), "all right, %", 100, ".1f"),
+    (("figures", "right.digit"), "digit, %", 100, ".1f"),
+    (("figures", "frechet"), "Frechet", 1, ".2f"),
+    (("figures", "motion.shape_correlation"), "shape correlation", 1, ".3f"),
+    (("figures", "motion.path_deviation"), "path deviation, px", 1, ".2f"),
+    (("figures", "distance_video"), "distance to the teacher, pixels", 1, ".3f"),
+    (("figures", "distance_latents"), "latents", 1, ".3f"),
+    (("losses", "velocity"), "velocity error", 1, ".3g"),
+    (("selection", "rounded"), "linear by rounding", 1, ".1f"),
+    (("selection", "undecided"), "scores undecided", 1, ".1f"),
+    (("forwards", "total"), "forwards an update", 1, ".0f"),
+    (("updates_per_second", "mixed"), "updates a second, mixed", 1, ".1f"),
+    (("updates_per_second", "rounded"), "rounded", 1, ".1f"),
+)
+
+
+def write(config, workdir: Path) -> Path:
+    """Writes WORKDIR/table.json and table.md of the rows as far as they are; the latter's path."""
+    workdir = Path(workdir)
+    table = gathered(config, workdir)
+    loop.write_json(workdir / "table.json", table)
+    path = workdir / "table.md"
+    with replacing(path) as temporary:
+        temporary.write_text(markdown(table), encoding="utf-8")
+    return path
+
+
+def gathered(config, workdir: Path) -> Table:
+    """All rows of the sweep in its order, each with the records of its seeds, those not run too."""
+    found = {}
+    for name, changes in config.sweep:
+        folders = sorted(Path(workdir).glob(f"rows/{name}/seed*"))
+        runs = [record for record in map(records.read, folders) if record]
+        found[name] = {"changes": dict(changes), "runs": runs}
+    return {
+        "made": {
+            "command": shlex.join(["python", *sys.argv]),
+            "time": time.strftime("%Y-%m-%d %H:%M"),
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+        },
+        "seeds": list(config.sweep_seeds),
+        "rows": found,
+    }
+
+
+def markdown(table: Table, columns: Sequence[Any] = COLUMNS) -> str:
+    """A table of the rows, the mean over training seeds and its spread, and the teacher first.
+
+    The spread, after +-, is the sample standard deviation. Columns without a figure are left out.
+    """
+    runs = [run for row in table["rows"].values() for run in row["runs"]]
+    shown = [column for column in columns if any(_figure(run, column[0]) for run in runs)]
+    lines = [["", *(heading for _, heading, _, _ in shown)]]
+    for teacher in _teachers(runs):
+        lines.append(["teacher", *(_cell([{"figures": teacher}], column) for column in shown)])
+    for name, row in table["rows"].items():
+        cells = [_cell(row["runs"], column) for column in shown]
+        lines.append([name + _note(row["runs"], table["seeds"]), *cells])
+    rule = ["---"] * len(lines[0])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return f"{text}\n"
+
+
+def _teachers(runs: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The teacher's figures, once for each way of evaluating."""
+    different = {run["evaluated_by"]: run["teacher"] for run in runs if "teacher" in run}
+    return list(different.values())
+
+
+def _figure(run: dict[str, Any], path: tuple[str, str]) -> float | None:
+    group, name = path
+    return run.get(group, {}).get(name)
+
+
+def _cell(runs: list[dict[str, Any]], column) -> str:
+    path, _, factor, form = column
+    values = [_figure(run, path) for run in runs]
+    values = [factor * value for value in values if value is not None]
+    if not values:
+        return ""
+    mean = format(float(np.mean(values)), form)
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {format(float(np.std(values, ddof=1)), form)}"
+
+
+def _note(runs: list[dict[str, Any]], seeds: list[int]) -> str:
+    """What of a row is not as it should be: not run, begun, diverged, or fewer seeds."""
+    done = [run for run in runs if run["status"] == "trained"]
+    notes = [
+        f"seed {run['seed']} diverged at step {run['diverged_at']}"
+        for run in runs
+        if run["status"] == "diverged"
+    ]
+    missing = len(seeds) - len(done) - len(notes)
+    if missing >= len(seeds):
+        notes.append("not run")
+    elif missing > 0:
+        notes.append(f"{missing} of {len(seeds)} seeds not run")
+    return f" ({', '.join(notes)})" if notes else ""
