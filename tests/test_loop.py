@@ -1,9 +1,11 @@
 """The training loop with a toy update: resuming, signals, divergence, and the metrics file."""
 
+import itertools
 import json
 import os
 import signal
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,38 @@ def test_a_crash_goes_on_from_the_last_save_bit_for_bit(whole, tmp_path):
     assert_bits(run(tmp_path / "cut", counted), whole[0])
     assert steps == [4, 5, 6, 7, 8, 9]
     assert untimed(tmp_path / "cut") == untimed(whole[1]), "the line of step 6 is there once"
+
+
+def rows():
+    """A grain iterator, shuffled anew each epoch, 3 numbers a batch."""
+    data = grain.MapDataset.range(20).shuffle(seed=1).repeat()
+    return iter(data.to_iter_dataset().batch(3))
+
+
+def test_the_data_iterator_goes_on_where_it_was(tmp_path):
+    seen = []
+
+    def update(state, step, batch):
+        seen.append(batch.tolist())
+        if step == 6 and stop:
+            raise RuntimeError
+        state, metrics = toy(state, step)
+        return state | {"momentum": state["momentum"] + batch.sum()}, metrics
+
+    def go(name, data):
+        options = {"num_steps": 10, "save_every": 4, "log_every": 2}
+        return loop.run("toy", update, start(), folder=tmp_path / name, data=data, **options)
+
+    stop = False
+    whole, wanted = go("whole", rows()), list(seen)
+    assert wanted == [batch.tolist() for batch in itertools.islice(rows(), 10)]
+    stop = True
+    with pytest.raises(RuntimeError):
+        go("cut", rows())
+    stop = False
+    seen.clear()
+    assert_bits(go("cut", rows()), whole)
+    assert seen == wanted[4:]
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
