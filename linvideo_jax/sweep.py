@@ -110,9 +110,7 @@ def planned(config, workdir: Path) -> list[Row]:
 def own_stages(config, changes: Mapping[str, Any]) -> tuple[str, ...]:
     """The stages that a row runs itself: shared ones only where it changes what they depend on."""
     moved = {name.split(".")[0] for name in changes}
-    return tuple(
-        stage for stage in config.stages if stage not in SHARED or moved & SHARED[stage]
-    )
+    return tuple(stage for stage in config.stages if stage not in SHARED or moved & SHARED[stage])
 
 
 def check(row: Row) -> None:

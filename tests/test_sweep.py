@@ -116,7 +116,9 @@ def test_what_is_finished_is_not_run_again(swept, monkeypatch):
     ]  # fmt: skip
 
 
-def test_an_interrupted_row_goes_on_and_a_diverged_one_is_recorded(config, swept, tmp_path, monkeypatch):  # noqa: E501, F811
+def test_an_interrupted_row_goes_on_and_a_diverged_one_is_recorded(
+    config, swept, tmp_path, monkeypatch
+):  # noqa: E501, F811
     own = config_files.changed(swept.config, {"sweep": ROWS[:3], "sweep_seeds": (0,)})
     (tmp_path / "pairs").symlink_to(swept.workdir / "pairs")
     real, state = training.update, {"killed": False}

@@ -143,7 +143,11 @@ class SelfAttention(Attention):
         if mode is None:
             out = softmax_attention(q, k, v)
         else:
-            branches = (_softmax, partial(_linear_only, self.features), partial(_mix, self.features))
+            branches = (
+                _softmax,
+                partial(_linear_only, self.features),
+                partial(_mix, self.features),
+            )
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
         return self.to_out(out.reshape(x.shape))
 

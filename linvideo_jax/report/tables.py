@@ -86,6 +86,49 @@ def markdown(table: Table, columns: Sequence[Any] = COLUMNS) -> str:
     return f"{text}\n"
 
 
+def finished(table: Table, before: Table | None = None) -> Table:
+    """The table's finished and diverged rows for docs/results, and those of `before` it lacks."""
+    rows = {} if before is None else dict(before["rows"])
+    for name, row in table["rows"].items():
+        done = [run for run in row["runs"] if run["status"] in ("trained", "diverged")]
+        seeds = {run["seed"] for run in done}
+        kept = [run for run in rows.get(name, {}).get("runs", []) if run["seed"] not in seeds]
+        runs = sorted([*done, *kept], key=lambda run: run["seed"])
+        rows[name] = {"changes": row["changes"], "runs": runs}
+    return table | {"rows": rows}
+
+
+def of_run(metrics: dict[str, Any]) -> Table:
+    """A plain run's contenders as rows, for docs/results; without its configuration."""
+    made = {key: value for key, value in metrics["made"].items() if key != "config"}
+    rows = {}
+    for name, entry in metrics["contenders"].items():
+        run = {"name": name, "seed": metrics["made"]["config"]["seed"], "status": "trained"}
+        run |= {"figures": records.figures(entry), "linear_layers": entry["linear_layers"]}
+        rows[name] = {"changes": {}, "runs": [run]}
+    shares = {name: student["gap_closed"] for name, student in metrics["students"].items()}
+    return {"made": made, "seeds": [metrics["made"]["config"]["seed"]], "rows": rows,
+            "gap_closed": shares}  # fmt: skip
+
+
+def view(table: Table, which: str = "") -> str:
+    """Markdown of a table of docs/results. "summary": a run's in one line, as README has it."""
+    if which == "summary":
+        return summary(table)
+    made = table["made"]
+    note = f"`{made['command']}`; {made['device']}, JAX {made['jax']}, {made['time']}."
+    return f"{markdown(table)}\n{note}\n"
+
+
+def summary(table: Table) -> str:
+    """Share of a run's videos with everything right, by model, and the gap that it closed."""
+    rates = {name: row["runs"][0]["figures"]["right.all"] for name, row in table["rows"].items()}
+    cells = {name.replace("_", " "): f"{100 * rate:.1f}%" for name, rate in rates.items()}
+    cells["gap closed"] = ", ".join(f"{share:.2f}" for share in table["gap_closed"].values())
+    lines = (cells, ["---"] * len(cells), cells.values())
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def _teachers(runs: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The teacher's figures, once for each way of evaluating."""
     different = {run["evaluated_by"]: run["teacher"] for run in runs if "teacher" in run}

@@ -59,7 +59,9 @@ def run(config, workdir: Path) -> None:
             made = evaluation.sample(one, prompts, seed, settings, own.batch_size, place)
             videos[one.name, seed] = made
             if own.reads == "pixels" and pixels is None:
-                kept = shared / f"teacher-seed{seed}-pixels.safetensors" if own.get("shared") else None
+                kept = (
+                    shared / f"teacher-seed{seed}-pixels.safetensors" if own.get("shared") else None
+                )
                 pixels = _decoder(decode, made, kept)
             columns[one.name, seed] = evaluation.remembered(
                 place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
