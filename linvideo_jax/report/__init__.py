@@ -6,25 +6,38 @@ from typing import Any
 from linvideo_jax import loop
 from linvideo_jax.evaluation import TEACHER
 from linvideo_jax.folders import replacing
-from linvideo_jax.report import page
+from linvideo_jax.report import page, running
 
 
 def write(workdir: Path) -> Path:
-    """Writes WORKDIR/report.html from WORKDIR/evaluate and, if there is one, the transfer's log.
+    """Writes WORKDIR/report.html from what is there, whole or not at all.
 
-    UserError if the evaluate stage has not been run.
+    Of a run that is not evaluated, or is trained on since, that is its training so far. UserError
+    if neither the evaluate stage nor a transfer has left anything.
     """
     workdir = Path(workdir)
-    metrics = loop.read_json(workdir / "evaluate" / "metrics.json")
-    log = loop.read_metrics(workdir / "state" / "transfer")
-    clips = {
-        entry["file"]: (workdir / "evaluate" / entry["file"]).read_bytes()
-        for shown in metrics["shown"]
-        for entry in shown["videos"].values()
-    }
+    state, evaluated = workdir / "state" / "transfer", workdir / "evaluate" / "metrics.json"
+    log = loop.read_metrics(state)
+    facts = loop.read_json(state / "facts.json") if (state / "facts.json").exists() else {}
+    samples = [
+        (int(path.stem), path.read_bytes()) for path in sorted((state / "samples").glob("*.webp"))
+    ]
+    trains = log and log[-1]["step"] < facts.get("num_steps", 0)
     path = workdir / "report.html"
+    if log and (trains or not evaluated.exists()):
+        settings = workdir / "config.json"
+        config = loop.read_json(settings) if settings.exists() else {}
+        text = running.build(log, facts, samples, config, workdir)
+    else:
+        metrics = loop.read_json(evaluated)
+        clips = {
+            entry["file"]: (workdir / "evaluate" / entry["file"]).read_bytes()
+            for shown in metrics["shown"]
+            for entry in shown["videos"].values()
+        }
+        text = page.build(metrics, log, facts, samples, clips, workdir)
     with replacing(path) as temporary:
-        temporary.write_text(page.build(metrics, log, clips, workdir), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

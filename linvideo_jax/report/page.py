@@ -13,7 +13,7 @@ from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import WanConfig
 from linvideo_jax.report import training
 from linvideo_jax.report.charts import intervals
-from linvideo_jax.report.style import CSS
+from linvideo_jax.report.document import cards, document, section, values
 
 Metrics = dict[str, Any]
 
@@ -30,27 +30,32 @@ WAN_SIZES = (
 
 
 def build(
-    metrics: Metrics, log: Sequence[dict[str, Any]], clips: Mapping[str, bytes], workdir: Path
+    metrics: Metrics,
+    log: Sequence[dict[str, Any]],
+    facts: Mapping[str, Any],
+    samples: Sequence[tuple[int, bytes]],
+    clips: Mapping[str, bytes],
+    workdir: Path,
 ) -> str:
-    """The whole page. log: lines of the transfer's metrics file; clips: mp4 files by their path."""
+    """The whole page of an evaluated run.
+
+    log: lines of the transfer's metrics file; facts, samples: as `training.section` takes them;
+    clips: mp4 files by their path.
+    """
     trained = any(entry["trained_here"] for entry in metrics["contenders"].values())
+    linear = metrics["contenders"].get(STUDENT, {}).get("linear_layers", ())
     sections = [
         _head(metrics),
         _videos(metrics, clips),
         _agreement(metrics),
         _table(metrics),
         _layers(metrics),
-        training.section(log, metrics) if log and trained else "",
+        training.section(log, facts, linear, samples) if log and trained else "",
         _operations(metrics),
         _origins(metrics, log if trained else []),
         _commands(metrics, workdir, trained),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(_title(metrics))}</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return document(_title(metrics), sections)
 
 
 def title_of(name: str) -> str:
@@ -109,22 +114,14 @@ def _head(metrics):
                     f"({low:.0%} to {high:.0%})",
                 )
             )
-    cards = "".join(
-        f'<div class="fact"><b>{value}</b><span>{html.escape(what)}</span></div>'
-        for value, what in facts
-    )
     return (
         f"<header><h1>{html.escape(_title(metrics))}</h1>"
-        f'<p class="lead">{html.escape(lead)}</p></header><div class="facts">{cards}</div>\n'
+        f'<p class="lead">{html.escape(lead)}</p></header>{cards(facts)}'
     )
 
 
 def _percent(entry):
     return f"{entry['agreement']['all']['rate']:.0%}"
-
-
-def _section(name, heading, *parts):
-    return f'<section id="{name}"><h2>{heading}</h2>{"".join(parts)}</section>\n'
 
 
 def _videos(metrics, clips):
@@ -154,7 +151,7 @@ def _videos(metrics, clips):
         "Under a video stands what the classifier read in it; "
         '<span class="wrong">struck</span> is what the prompt does not say.</p>'
     )
-    return _section("videos", "Side by side, from the same noise", note, *rows)
+    return section("videos", "Side by side, from the same noise", note, *rows)
 
 
 def _agreement(metrics):
@@ -179,7 +176,7 @@ def _agreement(metrics):
         f"<p>{html.escape(closed(name, student))}{_per_seed(student)}.</p>"
         for name, student in metrics["students"].items()
     )
-    return _section("agreement", "What the prompt asked for", note, charts, lines)
+    return section("agreement", "What the prompt asked for", note, charts, lines)
 
 
 def _per_seed(student):
@@ -231,7 +228,7 @@ def _table(metrics):
         f'<div class="scroll"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-    return _section("figures", "Figures", note, table)
+    return section("figures", "Figures", note, table)
 
 
 def _share(name):
@@ -269,7 +266,7 @@ def _layers(metrics):
         parts = ["<p>None: there is no student here.</p>"]
     else:
         parts.append('<p class="note">From the input on the left; layer 0 is the first.</p>')
-    return _section("layers", "Which layers became linear", *parts)
+    return section("layers", "Which layers became linear", *parts)
 
 
 def _operations(metrics):
@@ -309,7 +306,7 @@ def _operations(metrics):
         '<th scope="col">TFLOP a forward</th><th scope="col">saved</th><th></th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-    return _section("flops", "FLOPs saved", note, table)
+    return section("flops", "FLOPs saved", note, table)
 
 
 def _tera(count):
@@ -350,7 +347,7 @@ def _origins(metrics, log):
         return f"<div><h3>{heading}</h3><ul>{items}</ul></div>"
 
     boxes = listed("Made by this run", here) + listed("Not made by this run", elsewhere)
-    return _section("origins", "What was made here", f'<div class="where">{boxes}</div>')
+    return section("origins", "What was made here", f'<div class="where">{boxes}</div>')
 
 
 def _commands(metrics, workdir, trained):
@@ -373,20 +370,10 @@ def _commands(metrics, workdir, trained):
         f"{settings['width']}; read from {own['reads']}.</p>"
     )
     blocks = f"<pre>{html.escape(chr(10).join(commands))}</pre>"
-    values = "\n".join(_flat(made["config"]))
-    return _section(
+    return section(
         "commands",
         "Commands",
         note,
         blocks,
-        f"<details><summary>The whole configuration</summary><pre>{html.escape(values)}</pre>"
-        "</details>",
+        f"<details><summary>The whole configuration</summary>{values(made['config'])}</details>",
     )
-
-
-def _flat(values, prefix=""):
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key} = {value!r}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from linvideo_jax import loop
 from linvideo_jax.evaluation import STUDENT, TEACHER
-from linvideo_jax.transfer.recipe import forwards
+from linvideo_jax.transfer.recipe import passes
 
 FILE = "row.json"
 
@@ -24,8 +24,8 @@ def trained(config, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     log = loop.read_metrics(Path(folder) / "state" / "transfer")
     if log:
-        count = forwards(config.transfer)
-        record["forwards"] = {**count._asdict(), "total": count.total}
+        counted = passes(config.transfer)
+        record["forwards"] = {**counted._asdict(), "total": counted.total}
         record |= times(log, config.transfer.warmup_steps, config.transfer.round_at)
         record["losses"] = last(log)
     for name in ("selection", "profile"):
@@ -37,19 +37,17 @@ def trained(config, folder: Path) -> dict[str, Any]:
 
 
 def times(log: list[dict[str, Any]], warmup_steps: int, round_at: int) -> dict[str, float]:
-    """updates_per_second of each part of a transfer, from the median interval between log lines,
-    so that neither compilation nor an interruption counts; and what all updates took at that rate.
+    """updates_per_second of each part of a transfer by the median of its log lines, so that no
+    compilation counts; and what all updates took at that rate.
     """
     parts = {"warmup": (0, warmup_steps), "mixed": (warmup_steps, round_at)}
     parts["rounded"] = (round_at, log[-1]["step"])
     rates, seconds = {}, 0.0
     for name, (first, end) in parts.items():
-        lines = [line for line in log if first < line["step"] <= end]
-        steps, clock = np.diff([line["step"] for line in lines]), [line["time"] for line in lines]
-        if len(steps):
-            per_step = float(np.median(np.diff(clock) / steps))
-            rates[name] = 1 / max(per_step, 1e-9)
-            seconds += per_step * (end - first)
+        steps = [line["seconds_per_step"] for line in log if first < line["step"] <= end]
+        if steps:
+            rates[name] = 1 / float(np.median(steps))
+            seconds += (end - first) / rates[name]
     return {"updates_per_second": rates, "training_seconds": seconds}
 
 

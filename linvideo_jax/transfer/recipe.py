@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.models import remat
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.optimizers import OPTIMIZERS
 from linvideo_jax.transfer import scores
 
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
@@ -17,7 +19,10 @@ CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
     "weighting": ("paper", "clipped", "normalised"),
+    "optimizer": OPTIMIZERS,
+    "remat": remat.POLICIES,
 }
+COUNTS = ("batch_size", "accumulate", "score_updates", "rollout_steps")
 
 
 @dataclass(frozen=True)
@@ -35,25 +40,40 @@ class Recipe:
     objective: str
     t_to: str
     weighting: str
+    optimizer: str
+    remat: str
     batch_size: int
-    remat: bool
+    accumulate: int
     clip_norm: float
+    weight_decay: float
     score_updates: int
     rollout_steps: int
 
     @classmethod
     def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
-        """From `config.transfer`; UserError for a choice that is unknown or a count below 1."""
+        """From `config.transfer`; UserError for a choice that is unknown or a count below 1.
+
+        Also for a batch that `accumulate` does not divide, and a remat that this backend lacks.
+        """
         for name, known in CHOICES.items():
             if settings[name] not in known:
                 raise UserError(
                     f"transfer.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
                 )
-        counts = ("batch_size", "score_updates", "rollout_steps")
-        for name in counts:
+        for name in COUNTS:
             if settings[name] < 1:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
-        fields = (*CHOICES, *counts, "remat", "clip_norm")
+        if settings.batch_size % settings.accumulate:
+            raise UserError(
+                f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
+                f"transfer.batch_size, {settings.batch_size}."
+            )
+        if not remat.available(settings.remat):
+            raise UserError(
+                f"transfer.remat is {settings.remat!r}, but this backend has no host memory for "
+                "it: choose full."
+            )
+        fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
         return cls(student, teacher, sampler, np.dtype(dtype), **own)
 
@@ -62,8 +82,13 @@ class Recipe:
         """Whether the objective trains a network beside the student."""
         return self.objective in WITH_SCORE_NETWORK
 
+    @property
+    def forwards(self) -> int:
+        """Forwards of a network a sample and update, a backward pass counted as two of them."""
+        return passes(self).total
 
-class Forwards(NamedTuple):
+
+class Passes(NamedTuple):
     """Passes of one update through each network, for one sample of its batch.
 
     *_gradients: forward and backward; the others forward alone.
@@ -82,23 +107,23 @@ class Forwards(NamedTuple):
         return self.student + self.teacher + self.score + 3 * gradients
 
 
-def forwards(recipe) -> Forwards:
-    """The passes of `training.update`, of a Recipe or `config.transfer` (table of objectives.py).
+def passes(recipe) -> Passes:
+    """Those of `training.update` (table of objectives.py), of a Recipe or `config.transfer`.
 
-    What `remat` makes anew in the backward pass is not counted, a rollout's second forward is.
+    What `remat`, or the backward pass of a rollout, computes anew is not counted.
     """
     steps = recipe.rollout_steps
-    counted = {
-        "adm": Forwards(1, 1, 1, 0, 0),
-        "adm_score": Forwards(0, 1, 1, 1, 0),
-        "mse": Forwards(0, 1, 0, 0, 0),
-        "own_points": Forwards(2, 1, 1, 0, 0),
-        "dmd": Forwards(steps, steps, 1, 1, 0),
+    own = {
+        "adm": Passes(1, 1, 1, 0, 0),
+        "adm_score": Passes(0, 1, 1, 1, 0),
+        "mse": Passes(0, 1, 0, 0, 0),
+        "own_points": Passes(2, 1, 1, 0, 0),
+        "dmd": Passes(0, steps, 1, 1, 0),
     }[recipe.objective]
-    if recipe.objective in WITH_SCORE_NETWORK:
-        critic = Forwards(steps, 0, 0, 0, 1)
-        counted = Forwards(*(a + recipe.score_updates * b for a, b in zip(counted, critic)))
-    return counted
+    if recipe.objective not in WITH_SCORE_NETWORK:
+        return own
+    critic = Passes(steps, 0, 0, 0, 1)
+    return Passes(*(a + recipe.score_updates * b for a, b in zip(own, critic, strict=True)))
 
 
 class Knobs(NamedTuple):
@@ -118,6 +143,8 @@ class Knobs(NamedTuple):
     own_steps: int
     own_share: float
     guidance_scale: float
+    ema_decay: float
+    ema_age: int  # updates that the moving average has seen
 
 
 def knobs_at(
@@ -126,6 +153,10 @@ def knobs_at(
     """The knobs of a step of the run; `selecting`: whether the scores still move."""
     duration = max(settings.round_at - settings.warmup_steps, 1)
     alpha = scores.annealed_alpha((step - settings.warmup_steps) / duration, *settings.alpha)
+    # The average begins anew where the layers are placed: before, they were another model's.
+    begun = settings.warmup_steps
+    if settings.selection == "selective" and not selecting:
+        begun = settings.round_at
     return Knobs(
         learning_rate=learning_rate,
         feature_map_rate=settings.feature_map_rate,
@@ -140,4 +171,6 @@ def knobs_at(
         own_steps=settings.own_steps,
         own_share=settings.own_share,
         guidance_scale=guidance_scale,
+        ema_decay=settings.ema_decay,
+        ema_age=max(step - begun, 0),
     )
