@@ -97,7 +97,11 @@ def filled(found: re.Match, results: Path) -> str:
     path = results / f"{file}.json"
     if not path.exists():
         return f"{begin}Not run yet.\n{end}"
-    return f"{begin}{tables.view(loop.read_json(path), view)}{end}"
+    text = tables.view(loop.read_json(path), view)
+    if not view:
+        for picture in sorted(results.glob(f"{file}-*.svg")):
+            text += f"\n![{picture.stem}](results/{picture.name})\n"
+    return f"{begin}{text}{end}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -121,9 +121,7 @@ def test_a_student_with_another_map_is_kept_and_sampled_and_not_exported(
         student = evaluation.untrained(teacher, (1,), name)
         folder = tmp_path / name
         parts = {part: getattr(student, part) for part in ("transformer", "vae", "text_encoder")}
-        checkpoints.save(
-            folder, config=student.config, tokenizer=teacher.tokenizer_folder, **parts
-        )
+        checkpoints.save(folder, config=student.config, tokenizer=teacher.tokenizer_folder, **parts)
         read = checkpoints.load(folder)
         assert read.wan_config.feature_map == read.config["feature_map"] == name
         settings = Settings.of(read, num_inference_steps=1)

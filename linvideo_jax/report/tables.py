@@ -15,6 +15,7 @@ import numpy as np
 from linvideo_jax import loop
 from linvideo_jax.folders import replacing
 from linvideo_jax.report import rows as records
+from linvideo_jax.report.page import title_of
 
 Table = dict[str, Any]
 
@@ -116,14 +117,41 @@ def view(table: Table, which: str = "") -> str:
     if which == "summary":
         return summary(table)
     made = table["made"]
-    note = f"`{made['command']}`; {made['device']}, JAX {made['jax']}, {made['time']}."
-    return f"{markdown(table)}\n{note}\n"
+    profiles = [run for row in table["rows"].values() for run in row["runs"] if "profile" in run]
+    parts = [markdown(table)] if len(profiles) < len(table["rows"]) else []
+    parts += map(_profile, profiles)
+    parts += [_agreement(target, found) for target, found in table.get("agreement", {}).items()]
+    parts.append(f"`{made['command']}`; {made['device']}, JAX {made['jax']}, {made['time']}.\n")
+    return "\n".join(parts)
+
+
+def _profile(run: dict[str, Any]) -> str:
+    """A row's profile: a line for each range of layers."""
+    shown = [
+        ("error_before", "error before"),
+        ("error_after", "after recovery"),
+        ("all_right", "all right"),
+        ("distance_latents", "distance to the teacher, latents"),
+    ]
+    shown = [(key, heading) for key, heading in shown if key in run["profile"]["rows"][0]]
+    lines = [[run["name"], *(heading for _, heading in shown)], ["---"] * (len(shown) + 1)]
+    for row in run["profile"]["rows"]:
+        first, last_one = row["layers"][0], row["layers"][-1]
+        name = f"{first}" if first == last_one else f"{first} to {last_one}"
+        lines.append([name, *(f"{row[key]:.3g}" for key, _ in shown)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _agreement(target: str, found: dict[str, float]) -> str:
+    """What `chosen.agreement` found for the runs with this many linear layers."""
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in found.items())
+    return f"Layers in common where scores chose {target}: {told}.\n"
 
 
 def summary(table: Table) -> str:
     """Share of a run's videos with everything right, by model, and the gap that it closed."""
     rates = {name: row["runs"][0]["figures"]["right.all"] for name, row in table["rows"].items()}
-    cells = {name.replace("_", " "): f"{100 * rate:.1f}%" for name, rate in rates.items()}
+    cells = {title_of(name): f"{100 * rate:.1f}%" for name, rate in rates.items()}
     cells["gap closed"] = ", ".join(f"{share:.2f}" for share in table["gap_closed"].values())
     lines = (cells, ["---"] * len(cells), cells.values())
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
