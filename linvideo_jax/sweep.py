@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from linvideo_jax import config_files, loop, stages, turns
+from linvideo_jax import config_files, loop, stages, turns, workdirs
 from linvideo_jax.errors import UserError
 from linvideo_jax.evaluation import fingerprint
 from linvideo_jax.report import rows as records
@@ -35,8 +35,9 @@ SHARED = {
     "profile": {"profile", "collect", "checkpoint", "prompts", "dtype"},
 }
 FOLDERS = {"collect": "pairs", "profile": "profile"}
-# A row trained under other values of these is the same row.
-NOT_OF_TRAINING = ("evaluate", "sweep", "sweep_rows", "sweep_seeds")
+# A row trained under other values of these is the same row: groups, and fields of any group.
+NOT_OF_TRAINING = ("evaluate", "mesh", *workdirs.TOP)
+CADENCES = set(workdirs.FIELDS) - {"final_weights"}
 
 
 class Row(NamedTuple):
@@ -55,8 +56,13 @@ class Row(NamedTuple):
     @property
     def trained_by(self) -> str:
         """A hash of all that the training depends on."""
-        values = self.config.to_dict()
-        return fingerprint({k: v for k, v in values.items() if k not in NOT_OF_TRAINING})
+        values: dict[str, Any] = {"stages": self.stages}
+        for group, own in self.config.to_dict().items():
+            if isinstance(own, dict):
+                own = {name: value for name, value in own.items() if name not in CADENCES}
+            if group not in NOT_OF_TRAINING:
+                values[group] = own
+        return fingerprint(values)
 
     @property
     def evaluated_by(self) -> str:
