@@ -16,9 +16,18 @@ def get_config() -> ConfigDict:
     config.stages = ("collect", "transfer", "evaluate")
 
     config.collect = collect = ConfigDict()
+    # stored: pairs are made before the transfer and kept in `folder`, which runs may share ("": one
+    # of this run's); online: the teacher makes them during it, and nothing is kept.
+    collect.mode = "stored"
+    collect.folder = ""
     collect.num_videos = 4096
-    collect.batch_size = 256
-    collect.negative_prompt = ""
+    collect.batch_size = 256  # videos made at a time, and in a file
+    # Which of the teacher's velocities are stored beside the states: both, cond, none. What a
+    # training needs of them and does not find costs it a forward of the teacher.
+    collect.store_velocity = "both"
+    # Of online: rounds of `batch_size` videos in memory, and how often a pair is trained on.
+    collect.buffer = 4
+    collect.reuse = 1.0
     collect.sampling = ConfigDict()  # of the checkpoint, where nothing is said
 
     config.transfer = transfer = ConfigDict()
@@ -50,6 +59,9 @@ def get_config() -> ConfigDict:
     transfer.freeze_steps = 0  # updates within 0.02 of 0 or 1 that freeze a layer; 0: none does
     transfer.t_to = "next"  # ADM's t, a lower step of the grid: the next, or uniform
     transfer.weighting = "clipped"
+    # Each sample's of one branch, conditional or negative ("branch"); of both, "guided", for the
+    # ablation with mse and adm.
+    transfer.velocities = "branch"
     transfer.beta = 1.0  # of the anchor; 0 is the printed form
     # Of own_points: moves from a stored state, the grid's length or more for whole trajectories;
     # and the share of the batch that is not stored pairs.

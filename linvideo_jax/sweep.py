@@ -130,7 +130,9 @@ def check(row: Row) -> None:
         try:
             transfer.check(settings, teacher.num_layers)
             student = training.student_config(teacher, settings.feature_map)
-            Recipe.of(settings, student, teacher, "unipc", row.config.dtype)
+            grid = {"sampler": "unipc", "sigmas": (1.0, 0.0)}  # the collection's, once it is there
+            stored = row.config.collect.store_velocity
+            Recipe.of(settings, student, teacher, row.config.dtype, store_velocity=stored, **grid)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
     before = records.read(row.folder)

@@ -28,7 +28,8 @@ def settings(**changes):
 
 
 def recipe(dtype="float32", **changes):
-    return Recipe.of(settings(**changes), STUDENT, TEACHER, "unipc", dtype)
+    grid = {"sampler": "unipc", "sigmas": np.linspace(1.0, 0.0, 11)}
+    return Recipe.of(settings(**changes), STUDENT, TEACHER, dtype, **grid)
 
 
 def draw(shapes, seed):

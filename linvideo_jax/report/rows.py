@@ -8,7 +8,7 @@ import numpy as np
 
 from linvideo_jax import loop
 from linvideo_jax.evaluation import STUDENT, TEACHER
-from linvideo_jax.transfer.recipe import passes
+from linvideo_jax.transfer.recipe import passes, velocity_of
 
 FILE = "row.json"
 
@@ -24,7 +24,8 @@ def trained(config, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     log = loop.read_metrics(Path(folder) / "state" / "transfer")
     if log:
-        counted = passes(config.transfer)
+        stored = config.collect.store_velocity
+        counted = passes(config.transfer, velocity_of(config.transfer, stored))
         record["forwards"] = {**counted._asdict(), "total": counted.total}
         record |= times(log, config.transfer.warmup_steps, config.transfer.round_at)
         record["losses"] = last(log)

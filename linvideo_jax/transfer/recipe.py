@@ -1,5 +1,6 @@
 """What a compiled update depends on (`Recipe`), and what may change from call to call (`Knobs`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +16,13 @@ from linvideo_jax.transfer import scores
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
 OBJECTIVES = ("adm", "adm_score", "mse", "own_points", "dmd")
 WITH_SCORE_NETWORK = ("adm_score", "dmd")
+GUIDED = ("mse", "adm")  # also with guided velocities, a row of the ablation
+ONLY_VELOCITY = ("mse", "own_points")  # the others need it for the anchor alone
 CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
     "weighting": ("paper", "clipped", "normalised"),
+    "velocities": ("branch", "guided"),
     "optimizer": OPTIMIZERS,
     "remat": remat.POLICIES,
 }
@@ -29,17 +33,21 @@ COUNTS = ("batch_size", "accumulate", "score_updates", "rollout_steps")
 class Recipe:
     """Static: another value is another program. Rows that differ in `Knobs` alone share one.
 
-    sampler: of the stored trajectories; dtype: of the matrix products; the rest are fields of
-    `config.transfer`.
+    dtype: of the matrix products; sampler, sigmas: of the teacher's trajectories; velocity: where
+    the teacher's velocity at x_t' comes from: "stored", the "teacher" (one forward more), or
+    "unused"; the rest are fields of `config.transfer`.
     """
 
     student: WanConfig
     teacher: WanConfig
-    sampler: str
     dtype: np.dtype
+    sampler: str
+    sigmas: tuple[float, ...]
+    velocity: str
     objective: str
     t_to: str
     weighting: str
+    velocities: str
     optimizer: str
     remat: str
     batch_size: int
@@ -50,10 +58,22 @@ class Recipe:
     rollout_steps: int
 
     @classmethod
-    def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
-        """From `config.transfer`; UserError for a choice that is unknown or a count below 1.
+    def of(
+        cls,
+        settings,
+        student: WanConfig,
+        teacher: WanConfig,
+        dtype,
+        *,
+        sampler: str,
+        sigmas: Sequence[float],
+        store_velocity: str = "both",
+    ) -> "Recipe":
+        """From `config.transfer`, and `config.collect.store_velocity`, what the pairs hold.
 
-        Also for a batch that `accumulate` does not divide, and a remat that this backend lacks.
+        UserError for a choice that is unknown, a count below 1, a batch that `accumulate` does not
+        divide, a remat that this backend lacks, or velocities that are needed and neither stored
+        nor to be had.
         """
         for name, known in CHOICES.items():
             if settings[name] not in known:
@@ -63,6 +83,10 @@ class Recipe:
         for name in COUNTS:
             if settings[name] < 1:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
+        if settings.velocities == "guided" and settings.objective not in GUIDED:
+            raise UserError(
+                f"transfer.velocities is 'guided': choose one of the objectives {', '.join(GUIDED)}."
+            )
         if settings.batch_size % settings.accumulate:
             raise UserError(
                 f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
@@ -75,7 +99,14 @@ class Recipe:
             )
         fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
-        return cls(student, teacher, sampler, np.dtype(dtype), **own)
+        own |= {"sampler": sampler, "sigmas": tuple(map(float, sigmas))}
+        velocity = velocity_of(settings, store_velocity)
+        return cls(student, teacher, np.dtype(dtype), velocity=velocity, **own)
+
+    @property
+    def steps(self) -> int:
+        """Of the grid: pairs of one video."""
+        return len(self.sigmas) - 1
 
     @property
     def has_score_network(self) -> bool:
@@ -107,10 +138,11 @@ class Passes(NamedTuple):
         return self.student + self.teacher + self.score + 3 * gradients
 
 
-def passes(recipe) -> Passes:
+def passes(recipe, velocity: str | None = None) -> Passes:
     """Those of `training.update` (table of objectives.py), of a Recipe or `config.transfer`.
 
-    What `remat`, or the backward pass of a rollout, computes anew is not counted.
+    velocity: `Recipe.velocity` of the latter. What `remat`, or the backward pass of a rollout,
+    computes anew is not counted.
     """
     steps = recipe.rollout_steps
     own = {
@@ -120,10 +152,27 @@ def passes(recipe) -> Passes:
         "own_points": Passes(2, 1, 1, 0, 0),
         "dmd": Passes(0, steps, 1, 1, 0),
     }[recipe.objective]
-    if recipe.objective not in WITH_SCORE_NETWORK:
-        return own
+    if (velocity or recipe.velocity) == "teacher":
+        own = own._replace(teacher=own.teacher + 1)
+    times = 2 if recipe.velocities == "guided" else 1  # both branches
+    updates = recipe.score_updates if recipe.objective in WITH_SCORE_NETWORK else 0
     critic = Passes(steps, 0, 0, 0, 1)
-    return Passes(*(a + recipe.score_updates * b for a, b in zip(own, critic, strict=True)))
+    return Passes(*(times * a + updates * b for a, b in zip(own, critic, strict=True)))
+
+
+def velocity_of(settings, store_velocity: str) -> str:
+    """`Recipe.velocity`: stored if it can be, else as cheap as may be."""
+    if store_velocity == "both" or (store_velocity == "cond" and not settings.negative_fraction):
+        return "stored"
+    if settings.objective not in ONLY_VELOCITY and not settings.beta:
+        return "unused"
+    if store_velocity == "cond":
+        raise UserError(
+            f"collect.store_velocity is 'cond', but transfer.negative_fraction is "
+            f"{settings.negative_fraction}, and those samples need the negative prompt's velocity: "
+            "choose store_velocity 'both' or 'none', or negative_fraction 0."
+        )
+    return "teacher"
 
 
 class Knobs(NamedTuple):
