@@ -3,7 +3,7 @@
     WORKDIR/{pairs, profile, teacher, table.json, table.md}
     WORKDIR/rows/NAME/seedN/{what a run writes, row.json}
 
-`config.sweep` names the rows, `sweep_rows` picks some, `sweep_seeds` are the training seeds of each.
+`config.sweep` names the rows, `sweep_rows` picks some, `sweep_seeds` are each one's training seeds.
 What does not depend on the row is made once: the collection and the profile (links in a row's
 folder), the teacher's evaluation, and compilations, which JAX keeps by `Recipe`. Rows whose
 training is the same share it. An interrupted sweep goes on; a row that diverges is recorded as

@@ -120,7 +120,8 @@ def test_what_is_finished_is_not_run_again(swept, monkeypatch):
 def test_an_interrupted_row_goes_on_and_a_diverged_one_is_recorded(
     config, swept, tmp_path, monkeypatch
 ):
-    own = config_files.changed(swept.config, {"sweep": ROWS[:2], "sweep_seeds": (0,), "transfer.save_every": 2})
+    changes = {"sweep": ROWS[:2], "sweep_seeds": (0,), "transfer.save_every": 2}
+    own = config_files.changed(swept.config, changes)
     (tmp_path / "pairs").symlink_to(swept.workdir / "pairs")
     real, state = training.update, {"killed": False}
 

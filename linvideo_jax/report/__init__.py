@@ -43,6 +43,8 @@ def write(workdir: Path) -> Path:
 
 def text(metrics: dict[str, Any]) -> str:
     """Agreement beside the judge's ceiling, and the gaps that the students closed, as text."""
+    if not metrics["contenders"][TEACHER]["agreement"]:
+        return _likeness(metrics)
     ceiling = metrics["ceiling"]
     names = list(metrics["contenders"][TEACHER]["agreement"])
     names = ["all", *(name for name in names if name != "all")]
@@ -52,8 +54,22 @@ def text(metrics: dict[str, Any]) -> str:
         rows.append([page.title_of(name), *(f"{100 * rates[key]['rate']:.1f}" for key in names)])
     if ceiling:
         rows.append(["ceiling of the classifier", *(f"{100 * ceiling[key]:.1f}" for key in names)])
+    return "\n".join(
+        [*_aligned(rows), *(page.closed(name, s) for name, s in metrics["students"].items())]
+    )
+
+
+def _likeness(metrics):
+    keys = ("psnr", "ssim", "distance_latents", "motion.smoothness", "motion.dynamic_degree")
+    rows = [["against the teacher's videos", *keys]]
+    for name, entry in metrics["contenders"].items():
+        figures = ("" if entry[key] is None else f"{entry[key]:.3f}" for key in keys)
+        rows.append([page.title_of(name), *figures])
+    return "\n".join(_aligned(rows))
+
+
+def _aligned(rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
+    return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-    return "\n".join([*lines, *(page.closed(name, s) for name, s in metrics["students"].items())])

@@ -17,6 +17,13 @@ from linvideo_jax.report.document import cards, document, section, values
 
 Metrics = dict[str, Any]
 
+_UNJUDGED = (
+    " PSNR and SSIM are to the teacher's video of the same noise. Smoothness is 1 / (1 + mean "
+    "change of motion in px), dynamic degree VBench's rule, both by block matching and so not "
+    "comparable with VBench's own. All videos are in evaluate/vbench under the names that VBench "
+    "looks for."
+)
+
 ATTRIBUTES = ("all", "digit", "colour", "direction", "speed", "bounce", "background")
 # Wan2.1's two sizes of the paper, for the operations that the same share of layers saves there.
 WAN_SIZES = (
@@ -97,13 +104,21 @@ def _head(metrics):
     made, students = metrics["made"], _students(metrics)
     count = metrics["contenders"][TEACHER]["num_videos"]
     own = made["config"]["evaluate"]
+    judged = ", and judged by a classifier of moving digits" if _judged(metrics) else ""
     lead = (
         f"{own['num_prompts']} prompts, sampled by every model from the same noise ({count} videos "
-        "each), and judged by a classifier of moving digits."
+        f"each){judged}."
     )
-    facts = [(_percent(metrics["contenders"][TEACHER]), "of the teacher's videos are all right")]
+    facts = []
+    if judged:
+        rate = _percent(metrics["contenders"][TEACHER])
+        facts.append((rate, "of the teacher's videos are all right"))
     for name, entry in students.items():
-        facts.append((_percent(entry), f"{title_of(name)}: {_linear(entry)} linear"))
+        what = f"{title_of(name)}: {_linear(entry)} linear"
+        if not judged:
+            facts.append((f"{entry['psnr']:.1f} dB", f"{what}, PSNR to the teacher's videos"))
+            continue
+        facts.append((_percent(entry), what))
         gap = metrics["students"].get(name)
         if gap and gap["gap_closed"] is not None:
             low, high = gap["interval"]
@@ -118,6 +133,10 @@ def _head(metrics):
         f"<header><h1>{html.escape(_title(metrics))}</h1>"
         f'<p class="lead">{html.escape(lead)}</p></header>{cards(facts)}'
     )
+
+
+def _judged(metrics):
+    return bool(metrics["contenders"][TEACHER]["agreement"])
 
 
 def _percent(entry):
@@ -146,15 +165,21 @@ def _videos(metrics, clips):
             f'<div class="clip"><p>{html.escape(shown["prompt"])}</p>'
             f'<div class="row" style="--n:{len(figures)}">{"".join(figures)}</div></div>'
         )
-    note = (
-        f"<p>The first {len(rows)} prompts of the list, not picked, each from one noise. "
+    read = (
         "Under a video stands what the classifier read in it; "
-        '<span class="wrong">struck</span> is what the prompt does not say.</p>'
+        '<span class="wrong">struck</span> is what the prompt does not say.'
+        if _judged(metrics)
+        else ""
+    )
+    note = (
+        f"<p>The first {len(rows)} prompts of the list, not picked, each from one noise. {read}</p>"
     )
     return section("videos", "Side by side, from the same noise", note, *rows)
 
 
 def _agreement(metrics):
+    if not _judged(metrics):
+        return ""
     rows = []
     for name, entry in metrics["contenders"].items():
         figure = entry["agreement"]["all"]
@@ -191,9 +216,12 @@ def _per_seed(student):
 
 def _table(metrics):
     entries = metrics["contenders"]
-    columns = [(name, _share(name)) for name in ATTRIBUTES]
+    judged = _judged(metrics)
+    columns = [(name, _share(name)) for name in ATTRIBUTES] if judged else []
     columns.append(("distance of latents", _figure("distance_latents")))
     for key, name in (
+        ("psnr", "PSNR, dB"),
+        ("ssim", "SSIM"),
         ("distance_video", "distance of pixels"),
         ("frechet", "Frechet distance"),
         ("motion.shape_correlation", "shape correlation"),
@@ -219,10 +247,11 @@ def _table(metrics):
         rest = "<td></td>" * (len(columns) - len(ATTRIBUTES))
         body += f"<tr><td>Classifier<small>on real clips</small></td>{cells}{rest}</tr>"
     made = metrics["made"]
+    agreed = "Agreement in percent, with 95% intervals. " if judged else ""
     note = (
-        "<p>Agreement in percent, with 95% intervals. Distances are root mean squares to the "
+        f"<p>{agreed}Distances are root mean squares to the "
         "teacher's sample of the same noise. Seconds are those of sampling (the median batch) on "
-        f"{html.escape(_machine(made))}.</p>"
+        f"{html.escape(_machine(made))}.{'' if judged else _UNJUDGED}</p>"
     )
     table = (
         f'<div class="scroll"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
@@ -323,9 +352,12 @@ def _origins(metrics, log):
     elsewhere = [
         f"The teacher's weights ({entries[TEACHER]['source']}): trained before; docs/results.md "
         "says how.",
-        f"The classifier ({config['evaluate']['classifier']}) and its own figures on real clips: "
-        "trained and validated before; docs/results.md says how.",
     ]
+    if _judged(metrics):
+        elsewhere.append(
+            f"The classifier ({config['evaluate']['classifier']}) and its own figures on real "
+            "clips: trained and validated before; docs/results.md says how."
+        )
     for name, entry in _students(metrics).items():
         if entry["trained_here"]:
             updates = f": {log[-1]['step']:,} updates" if log else ""

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, report
 from linvideo_jax.data import loader, online, trajectories
 from linvideo_jax.data.trajectories import Index
 from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
+from linvideo_jax.parts import flatten
 from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at
@@ -61,7 +62,8 @@ def check(settings, num_layers: int) -> None:
 def run(config, workdir: Path) -> None:
     """Trains and writes the student to `workdir/final`."""
     settings, workdir = config.transfer, Path(workdir)
-    teacher = checkpoints.load(config.checkpoint)
+    teacher = checkpoints.load(config.checkpoint, ("transformer",))
+    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
     num_layers = teacher.wan_config.num_layers
     check(settings, num_layers)
     final = final_weights(settings)
@@ -125,8 +127,9 @@ def run(config, workdir: Path) -> None:
         events=events,
         profile_at=settings.profile_at,
     )
+    report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save(
+    checkpoints.save_flat(
         workdir / "final",
         config=checkpoints.make_config(
             recipe.student,
@@ -135,9 +138,7 @@ def run(config, workdir: Path) -> None:
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state[final]),
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
+        flat={"transformer": flatten(jax.device_get(state[final])), **beside},
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),

@@ -85,7 +85,8 @@ class Recipe:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
         if settings.velocities == "guided" and settings.objective not in GUIDED:
             raise UserError(
-                f"transfer.velocities is 'guided': choose one of the objectives {', '.join(GUIDED)}."
+                "transfer.velocities is 'guided': choose one of the objectives "
+                f"{', '.join(GUIDED)}."
             )
         if settings.batch_size % settings.accumulate:
             raise UserError(

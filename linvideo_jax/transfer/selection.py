@@ -91,7 +91,8 @@ def by_scores(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The `target` layers of smallest r, frozen ones as they are, and what a report tells of it.
 
-    rounding "nearest", for the ablation: the layers with r below 1/2, however many. rounded: how many layers rounding alone makes linear; moved: which the rule placed otherwise;
+    rounding "nearest", for the ablation: the layers with r below 1/2, however many.
+    rounded: how many layers rounding alone makes linear; moved: which the rule placed otherwise;
     undecided: scores in (0.05, 0.95).
     """
     r, mode = np.asarray(r), np.asarray(mode)
