@@ -89,10 +89,8 @@ def measured(changes, phase: str, given, numbers) -> dict[str, Any]:
     size = (numbers[name] for name in ("height", "width", "num_frames"))
     shape = latent_shape(sizes.transformer, sizes.vae, *size)
     student = training.student_config(sizes.transformer)
-    sigmas = np.linspace(1.0, 0.0, 51)
-    recipe = Recipe.of(
-        settings, student, sizes.transformer, given["dtype"], sampler="unipc", sigmas=sigmas
-    )
+    grid = {"sigmas": np.linspace(1.0, 0.0, 51), "store_velocity": "both"}
+    recipe = Recipe.of(settings, student, sizes.transformer, "unipc", given["dtype"], **grid)
     text = (TEXT_TOKENS, sizes.transformer.text_dim)
     row = {"passes": passes(settings)._asdict(), "forwards": recipe.forwards}
     try:

@@ -130,9 +130,9 @@ def check(row: Row) -> None:
         try:
             transfer.check(settings, teacher.num_layers)
             student = training.student_config(teacher, settings.feature_map)
-            grid = {"sampler": "unipc", "sigmas": (1.0, 0.0)}  # the collection's, once it is there
-            stored = row.config.collect.store_velocity
-            Recipe.of(settings, student, teacher, row.config.dtype, store_velocity=stored, **grid)
+            # The collection's sampler and grid come with it.
+            options = {"sigmas": (1.0, 0.0), "store_velocity": row.config.collect.store_velocity}
+            Recipe.of(settings, student, teacher, "unipc", row.config.dtype, **options)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
     before = records.read(row.folder)

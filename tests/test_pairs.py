@@ -190,9 +190,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_loses_nothing(folder, tmp_p
     previous = signal.signal(signal.SIGXFSZ, ignored)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with pytest.raises(
-            UserError, match=r"00000\.arrayrecord cannot be written \(File too"
-        ):
+        with pytest.raises(UserError, match=r"00000\.arrayrecord cannot be written \(File too"):
             trajectories.write_shard(folder, 0, index_of(), made_of(0), 1.0)
         with pytest.raises(UserError, match=r"00007\.arrayrecord cannot be written"):
             trajectories.write_shard(folder, 7, index_of(), made_of(0), 1.0)

@@ -23,7 +23,7 @@ from linvideo_jax.models.module import Params
 from linvideo_jax.parts import flatten
 from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
-from linvideo_jax.transfer.recipe import Recipe, knobs_at
+from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
 from linvideo_jax.transfer.samples import Draw
 
 
@@ -33,8 +33,8 @@ def recipe_of(config, settings, index: Index, teacher: checkpoints.Checkpoint) -
         settings,
         training.student_config(teacher.wan_config, settings.feature_map),
         teacher.wan_config,
+        index.sampler,
         config.dtype,
-        sampler=index.sampler,
         sigmas=index.sigmas,
         store_velocity=index.made["store_velocity"],
     )
@@ -68,7 +68,8 @@ def run(config, workdir: Path) -> None:
     check(settings, num_layers)
     final = final_weights(settings)
     pairs = collect.opened(config, workdir, teacher, settings.batch_size)
-    recipe = recipe_of(config, settings, pairs.index, teacher)
+    index = pairs.index
+    recipe = recipe_of(config, settings, index, teacher)
     score_params = None
     if recipe.has_score_network:
         score_params = score_network(settings.score_network, teacher)
@@ -87,7 +88,7 @@ def run(config, workdir: Path) -> None:
     def step_of_run(state, step, batch):
         warming, selecting = step < settings.warmup_steps, step < choose_at
         rate = maps_schedule(step) if warming else schedule(step - settings.warmup_steps + 1)
-        knobs = knobs_at(settings, step, rate, pairs.index.made["guidance_scale"], selecting)
+        knobs = knobs_at(settings, step, rate, index.made["guidance_scale"], selecting)
         if warming:
             return training.warmup(recipe, state, batch, knobs)
         if step == choose_at:
@@ -103,14 +104,13 @@ def run(config, workdir: Path) -> None:
         samples = (settings.sample_prompts, config.dtype)
         event = monitoring.Samples(folder, teacher, recipe.student, config.evaluate, *samples)
         events.insert(0, (settings.sample_every, event))
-    shapes = pairs.index.latent_shape, pairs.index.text_shape
-    tokens = flops.video_tokens(recipe.student, shapes[0])
-    monitoring.write_facts(folder, settings, recipe.student, tokens, shapes[1][0])
+    tokens = flops.video_tokens(recipe.student, index.latent_shape)
+    monitoring.write_facts(folder, settings, recipe.student, tokens, index.text_shape[0])
     state = loop.run(
         "transfer",
         step_of_run,
         training.initial_state(settings, recipe.student, teacher.transformer)
-        | training.objectives_state(recipe, score_params, *shapes),
+        | training.objectives_state(recipe, score_params, index.latent_shape, index.text_shape),
         num_steps=settings.num_steps,
         folder=folder,
         save_every=settings.save_every,
@@ -119,7 +119,7 @@ def run(config, workdir: Path) -> None:
         keep=settings.keep,
         best=settings.best,
         guard=loop.Guard(
-            settings.objective if settings.objective in ("mse", "own_points") else "anchor",
+            settings.objective if settings.objective in ONLY_VELOCITY else "anchor",
             settings.divergence_factor,
             settings.divergence_steps,
             fresh_at=(settings.warmup_steps, choose_at),

@@ -40,8 +40,8 @@ class Recipe:
 
     student: WanConfig
     teacher: WanConfig
-    dtype: np.dtype
     sampler: str
+    dtype: np.dtype
     sigmas: tuple[float, ...]
     velocity: str
     objective: str
@@ -63,9 +63,9 @@ class Recipe:
         settings,
         student: WanConfig,
         teacher: WanConfig,
+        sampler: str,
         dtype,
         *,
-        sampler: str,
         sigmas: Sequence[float],
         store_velocity: str = "both",
     ) -> "Recipe":
@@ -100,9 +100,9 @@ class Recipe:
             )
         fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
-        own |= {"sampler": sampler, "sigmas": tuple(map(float, sigmas))}
-        velocity = velocity_of(settings, store_velocity)
-        return cls(student, teacher, np.dtype(dtype), velocity=velocity, **own)
+        own |= {"sigmas": tuple(map(float, sigmas))}
+        own |= {"velocity": velocity_of(settings, store_velocity)}
+        return cls(student, teacher, sampler, np.dtype(dtype), **own)
 
     @property
     def steps(self) -> int:
@@ -153,7 +153,8 @@ def passes(recipe, velocity: str | None = None) -> Passes:
         "own_points": Passes(2, 1, 1, 0, 0),
         "dmd": Passes(0, steps, 1, 1, 0),
     }[recipe.objective]
-    if (velocity or recipe.velocity) == "teacher":
+    asked = (velocity or recipe.velocity) == "teacher"
+    if asked and recipe.objective != "own_points":
         own = own._replace(teacher=own.teacher + 1)
     times = 2 if recipe.velocities == "guided" else 1  # both branches
     updates = recipe.score_updates if recipe.objective in WITH_SCORE_NETWORK else 0

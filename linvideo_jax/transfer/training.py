@@ -147,14 +147,15 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
         case "mse" | "own_points":
             matching, u_student = None, student(batch.x, batch.t_from)
 
-    velocity = 0.0
+    objective, parts = matching, {recipe.objective: matching}
     if recipe.velocity != "unused":
-        velocity = objectives.velocity_matching(u_student, batch.u_teacher)
-    if matching is None:
-        objective, parts = velocity, {recipe.objective: velocity}
-    else:
-        objective = matching + knobs.beta * velocity
-        parts = {recipe.objective: matching, "anchor": velocity}
+        stored = recipe.velocity == "stored"
+        u_teacher = batch.u_teacher if stored else teacher(batch.x, batch.t_from)
+        velocity = objectives.velocity_matching(u_student, u_teacher)
+        if matching is None:
+            objective, parts = velocity, {recipe.objective: velocity}
+        else:
+            objective, parts = matching + knobs.beta * velocity, parts | {"anchor": velocity}
     con = scores.constraint(r, knobs.target)
     reg = scores.regulariser(r, knobs.alpha)
     total = objective + knobs.lambda_ * (con + reg)
@@ -204,7 +205,6 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     One compilation serves every `knobs`.
     """
     batch, keys = samples.wide(batch), jax.random.split(key)
-    teacher = network(recipe, recipe.teacher, teacher_params)
     noised, more = None, {}
     if recipe.has_score_network:
         noised = samples.noise_and_times(recipe.sigmas, batch.x, keys[0])
@@ -214,12 +214,11 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
         state = state | {"score": score}
     if recipe.objective == "own_points":
         student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
+        teacher = network(recipe, recipe.teacher, teacher_params)
         points = samples.move(state["own"], batch.fresh, recipe, student, knobs)
         batch = samples.own_points(batch, points, recipe, teacher, knobs, keys[1])
         state = state | {"own": points}
-    if recipe.velocity == "teacher":
-        batch = batch._replace(u_teacher=_on(batch, teacher, knobs)(batch.x, batch.t_from))
-
+    batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
     return state, metrics | moved | more | {"forwards": recipe.forwards}
