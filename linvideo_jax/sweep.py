@@ -77,9 +77,12 @@ def run(config, workdir: Path) -> None:
     rows = planned(config, workdir)
     for row in rows:
         check(row)
-    once = tuple(stage for stage in config.stages if stage in SHARED)
-    base = config_files.changed(config, {"stages": once})
-    stages.run(base, workdir)
+    once = tuple(
+        stage
+        for stage in config.stages
+        if stage in SHARED and any(stage not in row.stages for row in rows)
+    )
+    stages.run(config_files.changed(config, {"stages": once}), workdir)
     for number, row in enumerate(rows, 1):
         print(f"row {number} of {len(rows)}: {row.name}, seed {row.seed}")
         run_row(row, workdir)

@@ -27,7 +27,7 @@ def trained(config, folder: Path) -> dict[str, Any]:
         stored = config.collect.store_velocity
         counted = passes(config.transfer, velocity_of(config.transfer, stored))
         record["forwards"] = {**counted._asdict(), "total": counted.total}
-        record |= times(log, config.transfer.warmup_steps, config.transfer.round_at)
+        record |= times(log)
         record["losses"] = last(log)
     for name in ("selection", "profile"):
         path = Path(folder) / f"{name}.json"
@@ -37,19 +37,23 @@ def trained(config, folder: Path) -> dict[str, Any]:
     return record
 
 
-def times(log: list[dict[str, Any]], warmup_steps: int, round_at: int) -> dict[str, float]:
-    """updates_per_second of each part of a transfer by the median of its log lines, so that no
-    compilation counts; and what all updates took at that rate.
+def times(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """updates_per_second while maps are fitted, layers are mixed, and none is; and training_seconds
+    of all updates, both by the median of the log's lines, so that no compilation counts.
     """
-    parts = {"warmup": (0, warmup_steps), "mixed": (warmup_steps, round_at)}
-    parts["rounded"] = (round_at, log[-1]["step"])
     rates, seconds = {}, 0.0
-    for name, (first, end) in parts.items():
-        steps = [line["seconds_per_step"] for line in log if first < line["step"] <= end]
+    for name in ("warmup", "mixed", "rounded"):
+        steps = [line["seconds_per_step"] for line in log if _part(line) == name]
         if steps:
             rates[name] = 1 / float(np.median(steps))
-            seconds += (end - first) / rates[name]
+            seconds += len(steps) / len(log) * log[-1]["step"] / rates[name]
     return {"updates_per_second": rates, "training_seconds": seconds}
+
+
+def _part(line: dict[str, Any]) -> str:
+    if "mixed_layers" not in line:
+        return "warmup"
+    return "mixed" if line["mixed_layers"] else "rounded"
 
 
 def last(log: list[dict[str, Any]]) -> dict[str, float]:
@@ -76,7 +80,7 @@ def evaluated(folder: Path) -> dict[str, Any]:
 
 def figures(entry: dict[str, Any]) -> dict[str, float]:
     """A contender's figures by name: right.all and the other shares, distances, motion, quality."""
-    found = {f"right.{name}": value["rate"] for name, value in entry["agreement"].items()}
+    found = {f"right.{name}": value["rate"] for name, value in entry.get("agreement", {}).items()}
     skip = ("num_layers", "tokens")
     numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k not in skip}
     return found | {k: v for k, v in numbers.items() if not isinstance(v, bool)}

@@ -52,8 +52,8 @@ def gathered(config, workdir: Path) -> Table:
     """All rows of the sweep in its order, each with the records of its seeds, those not run too."""
     found = {}
     for name, changes in config.sweep:
-        folders = sorted(Path(workdir).glob(f"rows/{name}/seed*"))
-        runs = [record for record in map(records.read, folders) if record]
+        runs = map(records.read, Path(workdir).glob(f"rows/{name}/seed*"))
+        runs = sorted(filter(None, runs), key=lambda run: run["seed"])
         found[name] = {"changes": dict(changes), "runs": runs}
     return {
         "made": {
@@ -72,10 +72,12 @@ def gathered(config, workdir: Path) -> Table:
 def markdown(table: Table, columns: Sequence[Any] = COLUMNS) -> str:
     """A table of the rows, the mean over training seeds and its spread, and the teacher first.
 
-    The spread, after +-, is the sample standard deviation. Columns without a figure are left out.
+    The spread, after ±, is the sample standard deviation. Columns without a figure are left out.
     """
     runs = [run for row in table["rows"].values() for run in row["runs"]]
-    shown = [column for column in columns if any(_figure(run, column[0]) for run in runs)]
+    shown = [
+        column for column in columns if any(_figure(run, column[0]) is not None for run in runs)
+    ]
     lines = [["", *(heading for _, heading, _, _ in shown)]]
     for teacher in _teachers(runs):
         lines.append(["teacher", *(_cell([{"figures": teacher}], column) for column in shown)])
