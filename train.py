@@ -14,7 +14,15 @@ from pathlib import Path
 
 from absl import logging
 
-from linvideo_jax import command_line, compiled_programs, config_files, folders, plan, stages
+from linvideo_jax import (
+    command_line,
+    compiled_programs,
+    config_files,
+    folders,
+    plan,
+    stages,
+    sweep,
+)
 from linvideo_jax.parallel import hosts
 
 FLAGS = {
@@ -38,8 +46,9 @@ def train(argv: Sequence[str]) -> None:
     hosts.start(hosts.card({"workdir": given["workdir"], "config": config.to_dict()}))
     logging.set_verbosity(logging.WARNING)
     compiled_programs.keep_on_disk()
+    run = sweep.run if config.get("sweep") else stages.run
     with hosts.together():
-        stages.run(config, given["workdir"] and Path(given["workdir"]))
+        run(config, given["workdir"] and Path(given["workdir"]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -62,15 +62,17 @@ def file_stem(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-")
 
 
-def untrained(teacher: checkpoints.Checkpoint, linear_layers: Sequence[int]):
+def untrained(
+    teacher: checkpoints.Checkpoint, linear_layers: Sequence[int], feature_map: str = "hedgehog"
+):
     """The teacher with initial feature maps and these layers linear: a student before training."""
-    config = replace(teacher.wan_config, feature_map="hedgehog")
+    config = replace(teacher.wan_config, feature_map=feature_map)
     blocks = teacher.transformer["blocks"]
     maps = {name: jnp.asarray(value) for name, value in initial_feature_map(config).items()}
     attention = blocks["attn1"] | {"feature_map": maps}
     return replace(
         teacher,
-        config={**teacher.config, "linear_layers": list(linear_layers), "feature_map": "hedgehog"},
+        config={**teacher.config, "linear_layers": list(linear_layers), "feature_map": feature_map},
         wan_config=config,
         transformer=teacher.transformer | {"blocks": blocks | {"attn1": attention}},
     )
@@ -81,10 +83,12 @@ def contenders(
     workdir: Path,
     others: Mapping[str, str],
     others_before: bool = True,
+    own_before: bool = True,
 ) -> list[Contender]:
     """The teacher; WORKDIR/final, if it is there; the `others`: each student and its "before".
 
-    others_before: whether the others are compared with what they were before any training, too.
+    others_before, own_before: whether the others, and WORKDIR/final, are compared with what they
+    were before any training, too.
     Text encoder and VAE are the teacher's for all. UserError for a student of other sizes, or a
     name that is taken.
     """
@@ -109,8 +113,8 @@ def contenders(
         )
         here = name == STUDENT
         found.append(Contender(name, "after", student, folder, trained_here=here))
-        if here or others_before:
-            before = untrained(teacher, own.linear_layers)
+        if own_before if here else others_before:
+            before = untrained(teacher, own.linear_layers, own.wan_config.feature_map or "hedgehog")
             found.append(Contender(before_name(name), "before", before, str(teacher.path)))
     return found
 

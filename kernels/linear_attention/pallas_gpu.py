@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from kernels.dispatch import platform
 from kernels.gpu import target
+from kernels.linear_attention import checks, reference
 from kernels.linear_attention import pallas_gpu_kernels as bodies
-from kernels.linear_attention import reference
 from kernels.linear_attention.gpu_tiles import Layer, TileConfig, choose, padded_features
 from kernels.linear_attention.pallas_gpu_grid import Grid
 from kernels.linear_attention.reference import TINY
@@ -57,6 +57,7 @@ def linear_attention_state(
     config: TileConfig | None = None,
 ) -> State:
     """See `interface.linear_attention_state`. `config`, Raises: as `linear_attention`."""
+    checks.hedgehog_alone(feature_map)
     config = _supported(k, feature_map.k, config)
     lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
     return _state(k, v, feature_map.k.astype(jnp.float32), lengths, config)
@@ -69,6 +70,7 @@ def apply_state(
     config: TileConfig | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.apply_state`. `config`, Raises: as `linear_attention`."""
+    checks.hedgehog_alone(feature_map)
     config = _supported(q, feature_map.q, config)
     return _apply(q, state, feature_map.q.astype(jnp.float32), config)
 

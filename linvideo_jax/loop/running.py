@@ -23,6 +23,14 @@ Metrics = dict[str, jax.Array]
 Event = tuple[int, Callable[[int, Any], None]]
 
 
+class Diverged(UserError):
+    """The training has diverged after `step` updates."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 def run(
     name: str,
     update: Callable[..., tuple[Any, Metrics]],
@@ -60,9 +68,9 @@ def run(
         the last, and again where a resumed run begins; 0: never. Their time is not the steps'.
       profile_at: 3 steps after so many go to `folder/profile-trace` for TensorBoard; 0: none.
 
-    Raises Interrupted after a signal and its save, and UserError when a metric is not finite or the
-    guard complains (such a state is never saved), when the disk is full, or when the state in
-    `folder` is of another model.
+    Raises Interrupted after a signal and its save, Diverged when a metric is not finite or the
+    guard complains (such a state is never saved), and UserError when the disk is full, or when the
+    state in `folder` is of another model.
     """
     folder, guard = Path(folder).absolute(), guard or Guard()
     trace = Trace(folder / "profile-trace", profile_at)
@@ -135,7 +143,7 @@ def _check(
     watched: Sequence[dict[str, Any]],
     states: States,
 ) -> None:
-    """UserError for the first of the `watched` steps up to `done` at which something is wrong."""
+    """Diverged for the first of the `watched` steps up to `done` at which something is wrong."""
     complaints = [
         (step, guard.complaint(step - 1, {key: float(value) for key, value in at.items()}))
         for step, at in enumerate(watched, done - len(watched) + 1)
@@ -149,9 +157,10 @@ def _check(
         if complaint:
             good = states.newest_good()
             kept = f"its last good state is {states.folder / str(good)}" if good else "none is kept"
-            raise UserError(
+            raise Diverged(
                 f"{name} diverged at step {step} ({complaint}): lower its learning rate in another "
-                f"--workdir; {kept}."
+                f"--workdir; {kept}.",
+                step,
             )
 
 

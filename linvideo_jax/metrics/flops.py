@@ -25,11 +25,15 @@ def softmax_attention(config: WanConfig, tokens: int) -> int:
 
 
 def linear_attention(config: WanConfig, tokens: int) -> int:
-    """The same by Hedgehog's features, as many as head_dim: the two feature maps, K^T V, Q (K^T V).
+    """The same by features: the two projections, K^T V, Q (K^T V); Hedgehog without a feature map.
 
-    The feature map's matrix is [head_dim, head_dim / 2]; its mirrored half costs nothing.
+    A projection is [head_dim, head_dim / 2]. Hedgehog and ReLU make as many features as head_dim of
+    it, whose mirrored half costs nothing; Taylor's are 1, the projection and its products.
     """
-    return (2 + 4) * tokens * config.dim * config.attention_head_dim
+    head_dim = config.attention_head_dim
+    projected = head_dim // 2
+    features = 1 + projected + projected**2 if config.feature_map == "taylor" else 2 * projected
+    return tokens * config.dim * (4 * projected + 4 * features)
 
 
 def cross_attention(config: WanConfig, tokens: int, text_tokens: int = TEXT_TOKENS) -> int:

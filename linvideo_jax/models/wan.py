@@ -112,7 +112,7 @@ class WanTransformer(nnx.Module):
         """
         config = self.config
         if mode is not None and config.feature_map is None:
-            raise ValueError("modes need a model with feature_map='hedgehog'")
+            raise ValueError("modes need a model with a feature map")
         grid = _patch_grid(latents.shape[1:4], config.patch_size)
         layout = (layout or WHOLE).for_tokens(int(np.prod(grid)))
         inputs = latents, timestep, text, text_lengths

@@ -143,8 +143,9 @@ class SelfAttention(Attention):
 
     def __init__(self, config: WanConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        if config.feature_map == "hedgehog":
-            self.feature_map = HedgehogMap(config)
+        self.features = config.feature_map
+        if config.feature_map is not None:
+            self.feature_map = FeatureProjections(config)
 
     @jax.named_scope("self_attention")
     def __call__(
@@ -171,7 +172,7 @@ class SelfAttention(Attention):
         return q, k, self.split_heads(self.to_v(x))
 
     def maps(self) -> FeatureMap:
-        return FeatureMap(self.feature_map.q[...], self.feature_map.k[...])
+        return FeatureMap(self.feature_map.q[...], self.feature_map.k[...], self.features)
 
     def with_error(
         self, x, rotation, layout: Layout
@@ -205,8 +206,8 @@ def _mix(layout, r, q, k, v, maps):
     return mix(r, layout.softmax_attention(q, k, v), layout.linear_attention(q, k, v, maps))
 
 
-class HedgehogMap(nnx.Module):
-    """Hedgehog's projections of queries and keys, per head."""
+class FeatureProjections(nnx.Module):
+    """The feature map's projections of queries and keys, per head."""
 
     def __init__(self, config: WanConfig):
         initial = initial_feature_map(config)
@@ -293,13 +294,16 @@ def initial_feature_map(config: WanConfig) -> dict[str, np.ndarray]:
     frequencies, and scales it by c = sqrt(sqrt(head_dim) / 2). Then phi(q) phi(k), which grows as
     1 + c^2 (q k) / features, and softmax attention's exp(q k / sqrt(head_dim)) agree to first
     order on the pairs selected; on random rotated heads the divergence between the two attentions
-    was least near this scale, and changed little with the selection.
+    was least near this scale, and changed little with the selection. Taylor's products are
+    1 + s + s^2 / 2 of s = y_q y_k, so its W has the scale at which s is q k / sqrt(head_dim);
+    ReLU's cancels in the division.
     """
     head_dim = config.attention_head_dim
     pairs = np.arange(head_dim // 2)
     order = np.concatenate([pairs[0::2], pairs[1::2]])
     columns = np.stack([2 * order, 2 * order + 1], axis=-1).reshape(-1)[: head_dim // 2]
     weight = np.zeros((head_dim, head_dim // 2), np.float32)
-    weight[columns, np.arange(head_dim // 2)] = (head_dim**0.5 / 2) ** 0.5
+    scale = (head_dim**0.5 / 2) ** 0.5 if config.feature_map != "taylor" else head_dim**-0.25
+    weight[columns, np.arange(head_dim // 2)] = scale
     shape = (config.num_layers, config.num_attention_heads, *weight.shape)
     return {name: np.broadcast_to(weight, shape).copy() for name in ("q", "k")}

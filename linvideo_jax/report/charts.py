@@ -62,7 +62,7 @@ def lines(
         parts.append(
             f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>'
         )
-    even = _even(x_low, x_high, 4 if width < 500 else 8)
+    even = _even(x_low, x_high, 4 if width < 500 else 8, whole=True)
     for tick in _decades(x_low, x_high) if wide_x else even:
         parts.append(
             f'<text x="{at_x(tick):.1f}" y="{height - 7}" text-anchor="middle">'
@@ -212,10 +212,11 @@ def _decades(low, high):
     return [tick for tick in ticks if low <= tick <= high]
 
 
-def _even(low, high, count=4):
-    rough = (high - low) / count
+def _even(low, high, count=4, whole=False):
+    rough = max((high - low) / count, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    steps = (power * m for m in (1, 2, 2.5, 5, 10) if not whole or power * m % 1 == 0)
+    step = next(step for step in steps if step >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 

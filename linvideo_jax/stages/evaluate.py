@@ -52,23 +52,28 @@ def run(config, workdir: Path) -> None:
         check_unjudged(own.reads, prompts)
     teacher = checkpoints.load(config.checkpoint)
     settings = sampling_settings(own, teacher)
-    field = evaluation.contenders(teacher, workdir, own.others, own.get("others_before", True))
+    before = own.get("others_before", True), own.get("own_before", True)
+    field = evaluation.contenders(teacher, workdir, own.others, *before)
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
+    shared = Path(own.get("shared") or folder)  # what is the teacher's and real clips'
     videos, columns = {}, {}
     for sample, seed in enumerate(own.seeds):
-        # The teacher's pixels of a seed are compared with everyone's.
-        pixels = _remember_one(decode) if own.reads == "pixels" else None
+        pixels = None
         for one in field:
-            made = evaluation.sample(one, prompts, seed, settings, own.batch_size, folder)
+            place = shared if one.name == TEACHER else folder
+            made = evaluation.sample(one, prompts, seed, settings, own.batch_size, place)
             videos[one.name, seed] = made
             if judge is None:
                 columns[one.name, seed] = evaluation.compare(
                     one.name, prompts, sample, made, videos[TEACHER, seed], decode, folder
                 )
                 continue
+            if own.reads == "pixels" and pixels is None:
+                kept = shared / f"teacher-seed{seed}-pixels.safetensors"
+                pixels = _decoder(decode, made, kept if own.get("shared") else None)
             columns[one.name, seed] = evaluation.remembered(
-                folder / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
+                place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
                 evaluation.fingerprint(
                     made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
                 ),
@@ -81,7 +86,7 @@ def run(config, workdir: Path) -> None:
         count = len(prompts) * len(own.seeds)
         mark = evaluation.fingerprint(judge.validation, count, own.num_frames)
         make = functools.partial(evaluation.real_features, judge, count, own.num_frames)
-        real = evaluation.remembered(folder / "real.safetensors", mark, make)["features"]
+        real = evaluation.remembered(shared / "real.safetensors", mark, make)["features"]
 
     metrics = {
         "made": made_by(config, settings, field[0]),
@@ -135,17 +140,24 @@ def sampling_settings(own, teacher: checkpoints.Checkpoint) -> Settings:
     )
 
 
-def _remember_one(decode: Callable) -> Callable[[Videos], np.ndarray]:
-    """`decode` of latents; the first ones' pixels are kept, the others' made anew."""
-    kept: dict[str, np.ndarray] = {}
+def _decoder(decode: Callable, teachers: Videos, path: Path | None) -> Callable[..., np.ndarray]:
+    """Videos to pixels; the teacher's, with which all are compared, are decoded once.
+
+    path: where they are kept for other runs, or None.
+    """
+
+    @functools.cache
+    def theirs():
+        make = functools.partial(decode, teachers.latents)
+        if path is None:
+            return make()
+        return evaluation.remembered(path, teachers.fingerprint, lambda: {"pixels": make()})[
+            "pixels"
+        ]
 
     def pixels(videos: Videos) -> np.ndarray:
-        if videos.fingerprint not in kept:
-            made = decode(videos.latents)
-            if kept:
-                return made
-            kept[videos.fingerprint] = made
-        return kept[videos.fingerprint]
+        same = videos.fingerprint == teachers.fingerprint
+        return theirs() if same else decode(videos.latents)
 
     return pixels
 

@@ -37,7 +37,7 @@ def recipe_of(
     """What an update on pairs with this index is compiled for; settings: `config.transfer`."""
     return Recipe.of(
         settings,
-        training.student_config(teacher.wan_config),
+        training.student_config(teacher.wan_config, settings.feature_map),
         teacher.wan_config,
         index.sampler,
         config.dtype,
@@ -55,6 +55,17 @@ def samples_of(
     return loader.samples(pairs, draw, seed, recipe.batch_size)
 
 
+def check(settings, num_layers: int) -> None:
+    """UserError for values of `config.transfer` that do not fit together or the model."""
+    selection.check(settings, num_layers)
+    if not settings.warmup_steps <= settings.round_at < settings.num_steps:
+        raise UserError(
+            f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
+            f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
+        )
+    final_weights(settings)
+
+
 def run(config, workdir: Path) -> None:
     """Trains and writes the student to `workdir/final`."""
     settings, workdir = config.transfer, Path(workdir)
@@ -62,12 +73,7 @@ def run(config, workdir: Path) -> None:
     placement = Placement.of(config, teacher.wan_config.num_attention_heads)
     beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
     num_layers = teacher.wan_config.num_layers
-    selection.check(settings, num_layers)
-    if not settings.warmup_steps <= settings.round_at < settings.num_steps:
-        raise UserError(
-            f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
-            f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
-        )
+    check(settings, num_layers)
     final = final_weights(settings)
     teacher = replace(teacher, transformer=placement.params(teacher.transformer))
     pairs = collect.opened(config, workdir, teacher, settings.batch_size, placement)
@@ -221,7 +227,9 @@ def chosen(state: training.State, layers, settings, workdir: Path) -> training.S
     """The state with its layers placed, and `workdir/selection.json`, which says how."""
     entry = {"selection": settings.selection, "target": settings.target}
     if layers is None:
-        layers, told = selection.by_scores(state["r"], state["mode"], settings.target)
+        layers, told = selection.by_scores(
+            state["r"], state["mode"], settings.target, settings.rounding
+        )
         if told["moved"]:
             logging.warning("rounding alone would have placed layers %s otherwise", told["moved"])
         entry |= told

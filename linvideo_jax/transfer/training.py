@@ -11,8 +11,10 @@ import optax
 from jaxtyping import Array
 
 from linvideo_jax import optimizers
+from linvideo_jax.errors import UserError
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params, bind
+from linvideo_jax.models.wan_config import FEATURE_MAPS
 from linvideo_jax.transfer import objectives, samples, scores, selection
 from linvideo_jax.transfer.recipe import Knobs, Recipe
 from linvideo_jax.transfer.samples import Batch
@@ -23,9 +25,13 @@ MAPS_OPTIMIZER = optax.adam(1.0, b2=0.99)  # of the feature maps, in the warm-up
 SCORE_OPTIMIZER = optax.adam(1.0, b1=0.0, b2=0.999)  # as distillation codes train their critics
 
 
-def student_config(teacher: wan.WanConfig) -> wan.WanConfig:
-    """The teacher's sizes with feature maps in every layer."""
-    return replace(teacher, feature_map="hedgehog")
+def student_config(teacher: wan.WanConfig, feature_map: str = "hedgehog") -> wan.WanConfig:
+    """The teacher's sizes with feature maps in every layer; UserError for an unknown one."""
+    if feature_map not in FEATURE_MAPS:
+        raise UserError(
+            f"transfer.feature_map is {feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}."
+        )
+    return replace(teacher, feature_map=feature_map)
 
 
 def _is_map(path: tuple) -> bool:
@@ -110,8 +116,14 @@ def network(
     return velocity
 
 
-def _on(batch: Batch, velocity: Callable[..., Array]) -> objectives.Velocity:
-    return lambda x, t: velocity(x, t, batch.text, batch.text_lengths)
+def _on(batch: Batch, velocity: Callable[..., Array], knobs: Knobs) -> objectives.Velocity:
+    """The velocity of the branch that each sample is of, or the guided one."""
+    text = batch.text, batch.text_lengths
+    if batch.negative is None:
+        return lambda x, t: velocity(x, t, *text)
+    return lambda x, t: samples.guided_velocity(
+        velocity, x, t, text, batch.negative, knobs.guidance_scale
+    )
 
 
 def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, noised, knobs: Knobs):
@@ -122,12 +134,13 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
     """
     params, r = trained["params"], trained["r"]
     frozen = jax.lax.stop_gradient((params, r))
-    student = _on(batch, network(recipe, recipe.student, params, r, state["mode"], recipe.remat))
-    teacher = _on(batch, network(recipe, recipe.teacher, teacher_params))
+    student = network(recipe, recipe.student, params, r, state["mode"], recipe.remat)
+    teacher = network(recipe, recipe.teacher, teacher_params)
     if recipe.has_score_network:
-        score = _on(batch, network(recipe, recipe.teacher, state["score"]["params"]))
+        score = network(recipe, recipe.teacher, state["score"]["params"])
     else:
-        score = _on(batch, network(recipe, recipe.student, *frozen, state["mode"]))
+        score = network(recipe, recipe.student, *frozen, state["mode"])
+    student, teacher, score = (_on(batch, u, knobs) for u in (student, teacher, score))
 
     match recipe.objective:
         case "adm" | "adm_score":
@@ -170,7 +183,7 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
     def one(score, drawn):
         batch, key = drawn
         x_0, _ = objectives.rollout(
-            _on(batch, student), batch.x, batch.t_from, recipe.rollout_steps
+            _on(batch, student, knobs), batch.x, batch.t_from, recipe.rollout_steps
         )
         noised = samples.noise_and_times(recipe.sigmas, batch.x, key)
 
@@ -179,7 +192,7 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
 
             def error(params):
                 velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
-                return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+                return objectives.flow_matching(_on(batch, velocity, knobs), x_0, *noised)
 
             return jax.value_and_grad(error)(score["params"])
 
