@@ -76,7 +76,8 @@ def run(
             Signals() as signals,
             Progress(name, num_steps, first) as progress,
         ):
-            _call(events, first, state, resumed=True)
+            with _writing(name, folder), signals.cutting():
+                _call(events, first, state, resumed=True)
             clock, watched, since_save = _Clock(first), [], []
             for step in range(first, num_steps):
                 trace.before(step)
@@ -100,12 +101,14 @@ def run(
                     progress.update(done, f"loss {float(values['loss']):.4g}")
                 with clock.paused():
                     if not stopped:
-                        with _writing(name, folder):
+                        with _writing(name, folder), signals.cutting():
                             _call(events, done, state, last)
                     if save:
                         figures = {"good": float(guard.good)}
                         if since_save:
                             figures[best] = float(np.mean(since_save))
+                        elif best and last:
+                            logging.warning("%s: no metric is called %s", name, best)
                         states.save(done, state, guard.to_dict(), figures)
                         since_save = []
                 if stopped:

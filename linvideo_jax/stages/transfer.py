@@ -20,6 +20,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
+from linvideo_jax.parts import flatten
 from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
@@ -50,7 +51,8 @@ def samples_of(
 def run(config, workdir: Path) -> None:
     """Trains and writes the student to `workdir/final`."""
     settings, workdir = config.transfer, Path(workdir)
-    teacher = checkpoints.load(config.checkpoint)
+    teacher = checkpoints.load(config.checkpoint, ("transformer",))
+    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
     num_layers = teacher.wan_config.num_layers
     selection.check(settings, num_layers)
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
@@ -121,7 +123,7 @@ def run(config, workdir: Path) -> None:
     )
     report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save(
+    checkpoints.save_flat(
         workdir / "final",
         config=checkpoints.make_config(
             recipe.student,
@@ -130,9 +132,7 @@ def run(config, workdir: Path) -> None:
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state[final]),
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
+        flat={"transformer": flatten(jax.device_get(state[final])), **beside},
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
