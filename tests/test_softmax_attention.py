@@ -54,9 +54,7 @@ def test_chunks_of_queries_give_the_same(bias_shape):
 
 def test_splash_with_padding_gives_the_same():
     given = arrays(batch=1, tokens=140, keys=130, heads=2, head_dim=128)
-    ours = with_gradients(
-        lambda *x: splash.softmax_attention(*x, None, interpret=True), *given
-    )
+    ours = with_gradients(lambda *x: splash.softmax_attention(*x, None, interpret=True), *given)
     exact = with_gradients(lambda *x: reference.softmax_attention(*x, None), *given)
     assert_same(ours, exact, atol=1e-4)
 
