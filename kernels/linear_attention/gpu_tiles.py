@@ -159,5 +159,5 @@ def stored() -> list[dict[str, Any]]:
 
 def entry(gpu: GPU, layer: Layer, config: TileConfig) -> dict[str, Any]:
     """What `choose` reads back."""
-    tiles = {kernel: asdict(getattr(config, kernel)) for kernel in KERNELS}
+    tiles = {kernel: asdict(one) for kernel in KERNELS if (one := getattr(config, kernel))}
     return {"device": gpu.kind, **layer._asdict(), "tiles": tiles}
