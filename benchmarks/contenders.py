@@ -88,7 +88,12 @@ class Ours:
 
 
 class Diffusers:
-    """diffusers' transformer in bfloat16, what it keeps in float32 excepted."""
+    """diffusers' transformer in bfloat16, what it keeps in float32 excepted.
+
+    All its blocks share one block's weights, so that a 14B model fits beside ours. They are read
+    anew for every layer, being far larger than a GPU's cache, and are counted for every layer in
+    the memory.
+    """
 
     def __init__(self, config: WanConfig):
         import diffusers
@@ -100,7 +105,8 @@ class Diffusers:
         torch.set_default_dtype(torch.bfloat16)
         try:
             with torch.device(self.device):
-                self.model = diffusers.WanTransformer3DModel(**config.to_dict()).eval()
+                one = {**config.to_dict(), "num_layers": 1}
+                self.model = diffusers.WanTransformer3DModel(**one).eval()
         finally:
             torch.set_default_dtype(torch.float32)
         kept = self.model._keep_in_fp32_modules
@@ -110,6 +116,10 @@ class Diffusers:
                     parameter.data = parameter.data.float()
                 if parameter.ndim > 1:
                     parameter.normal_(std=parameter[0].numel() ** -0.5)
+        (block,) = self.model.blocks
+        self.model.blocks = torch.nn.ModuleList([block] * config.num_layers)
+        size = sum(parameter.nbytes for parameter in block.parameters())
+        self.shared_bytes = (config.num_layers - 1) * size
 
     def forward(self, shape: Sequence[int], backend: str) -> Run:
         """Of one video; backend: one of diffusers' attention backends."""
@@ -132,7 +142,7 @@ class Diffusers:
                 self.model(latents, timestep, text, return_dict=False)
             if device == "cuda":
                 torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated()
+                peak = torch.cuda.max_memory_allocated() + self.shared_bytes
 
         tokens = flops.video_tokens(self.config, shape)
         return Run(run, lambda: peak, 0.0, flops.forward(self.config, tokens))

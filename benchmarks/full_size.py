@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ FLAGS = {
     "folder": (None, "where the checkpoints and the video are"),
     "out": (None, "JSON file of the results"),
     "parts": ("convert,sample,vae,parity,large", "what to measure"),
+    "layouts": ("diffusers,original", "what the part convert imports"),
 }
 PROMPT = "a red 3 moves slowly straight right on a green background"
 LAYOUTS = ("diffusers", "original")
@@ -92,10 +94,10 @@ def converted(folder: Path, sizes: ModelSizes, layout: str, names: Sequence[str]
     return {"bytes": size, "made_seconds": made, **figures}
 
 
-def convert_part(sizes: Scale, folder: Path) -> dict[str, Any]:
-    """Both layouts."""
+def convert_part(sizes: Scale, folder: Path, layouts: Sequence[str] = LAYOUTS) -> dict[str, Any]:
+    """Both layouts, or those given."""
     names = tuple(parts.PARTS)
-    return {layout: converted(folder, sizes.model, layout, names) for layout in LAYOUTS}
+    return {layout: converted(folder, sizes.model, layout, names) for layout in layouts}
 
 
 def sample_part(sizes: Scale, folder: Path) -> dict[str, Any]:
@@ -292,7 +294,11 @@ def program(argv: Sequence[str]) -> None:
     results = measure.Results(Path(given["out"]), values.small)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = scale(values.small, values.blocks)
-    known = {name: lambda part=part: part(sizes, folder) for name, part in PARTS.items()}
+    layouts = given["layouts"].split(",")
+    for layout in layouts:
+        command_line.choice("layouts", layout, LAYOUTS)
+    known = {name: partial(part, sizes, folder) for name, part in PARTS.items()}
+    known["convert"] = partial(convert_part, sizes, folder, layouts)
     measure.run_parts(known, given["parts"].split(","), results, measure.command(__file__, argv))
 
 

@@ -235,14 +235,18 @@ class Benchmark:
             longer = size._replace(frames=frames)
             for row, layers in longer.rows().items():
                 point = {"row": row, "frames": frames, "tokens": longer.tokens}
-                try:
-                    run = ours.forward(longer.shape, layers)
-                    point |= self._measured({row: run}, 1 if frames > 200 else self.rounds)[row]
-                except jax.errors.JaxRuntimeError as error:  # where memory ends
-                    point["error"] = str(error).splitlines()[0]
+                rounds = 1 if frames > 200 else self.rounds
+                point |= self._alone(partial(ours.forward, longer.shape, layers), row, rounds)
                 points.append(point)
                 print(point, flush=True)
         return {"points": points, "exponents": latency_table.exponents(points)}
+
+    def _alone(self, forward, row: str, rounds: int) -> dict[str, Any]:
+        """Figures of one run, or its error where memory ends."""
+        try:
+            return self._measured({row: forward()}, rounds)[row]
+        except jax.errors.JaxRuntimeError as error:
+            return {"error": str(error).splitlines()[0]}
 
     def batch(self) -> dict[str, Any]:
         """Videos a second of one to eight in a forward."""
@@ -251,10 +255,11 @@ class Benchmark:
         points = []
         for count in (1, 2, 4, 8):
             for row, layers in size.rows().items():
-                run = ours.forward(size.shape, layers, count)
-                figures = self._measured({row: run}, max(1, self.rounds // 2))[row]
+                forward = partial(ours.forward, size.shape, layers, count)
+                figures = self._alone(forward, row, max(1, self.rounds // 2))
                 points.append({"row": row, "batch": count, **figures})
-                points[-1]["seconds_per_video"] = figures["seconds"] / count
+                if "seconds" in figures:
+                    points[-1]["seconds_per_video"] = figures["seconds"] / count
         return self._about(size) | {"points": points}
 
     def profile(self, name: str) -> dict[str, Any]:

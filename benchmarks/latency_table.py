@@ -86,7 +86,8 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         lines += ["", "| videos in a forward | " + " | ".join(("row", "seconds a video")) + " |"]
         lines += ["|---|---|---|"]
         for point in parts["batch"]["points"]:
-            time = _seconds(point["seconds_per_video"])
+            known = "seconds_per_video" in point
+            time = _seconds(point["seconds_per_video"]) if known else "memory ends"
             lines.append(f"| {point['batch']} | {point['row']} | {time} |")
     for key, part in parts.items():
         if key.startswith("profile_"):
