@@ -285,6 +285,8 @@ def test_score_networks_that_do_not_match_are_refused(trained, teacher, tmp_path
         ("score_updates", 0, "score_updates is 0: choose 1 or more"),
         ("selection", "none", "selection is 'none': choose one of selective, manual, grid, random"),
         ("selection", "grid", "profile.json is missing: put the stage profile before transfer"),
+        ("final_weights", "best", "final_weights is 'best': choose one of raw, ema"),
+        ("final_weights", "ema", "final_weights is 'ema': set transfer.ema_decay above 0, too"),
     ],
 )
 def test_unknown_choices_are_refused(config, trained, field, value, message):
