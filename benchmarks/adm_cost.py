@@ -92,7 +92,7 @@ def measured(changes, phase: str, given, numbers) -> dict[str, Any]:
     grid = {"sigmas": np.linspace(1.0, 0.0, 51), "store_velocity": "both"}
     recipe = Recipe.of(settings, student, sizes.transformer, "unipc", given["dtype"], **grid)
     text = (TEXT_TOKENS, sizes.transformer.text_dim)
-    row = {"passes": passes(settings)._asdict(), "forwards": recipe.forwards}
+    row = {"passes": passes(recipe)._asdict(), "forwards": recipe.forwards}
     try:
         return row | timed(recipe, settings, phase, shape, text, numbers["updates"])
     except jax.errors.JaxRuntimeError as error:

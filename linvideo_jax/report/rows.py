@@ -59,7 +59,8 @@ def _part(line: dict[str, Any]) -> str:
 def last(log: list[dict[str, Any]]) -> dict[str, float]:
     """Each scalar in the log, the mean over its last tenth."""
     lines = log[-max(1, len(log) // 10) :]
-    scalars = [k for k, v in lines[-1].items() if isinstance(v, float) and k != "time"]
+    skip = ("time", "seconds_per_step", "forwards")
+    scalars = [k for k, v in lines[-1].items() if isinstance(v, float) and k not in skip]
     means = {key: float(np.mean([line[key] for line in lines if key in line])) for key in scalars}
     for name in ("anchor", "mse"):  # both are the error of the velocity on stored pairs
         if name in means:

@@ -71,7 +71,8 @@ def run(config, workdir: Path) -> None:
     settings, workdir = config.transfer, Path(workdir)
     teacher = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
     placement = Placement.of(config, teacher.wan_config.num_attention_heads)
-    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
+    # Lazy arrays, read at the end; a folder of diffusers' gives the sizes of what is asked for.
+    sizes, beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[:2]
     num_layers = teacher.wan_config.num_layers
     check(settings, num_layers)
     final = final_weights(settings)
@@ -159,8 +160,7 @@ def run(config, workdir: Path) -> None:
         workdir / "final",
         config=checkpoints.make_config(
             recipe.student,
-            teacher.vae_config,
-            teacher.umt5_config,
+            **{part: checkpoints.model_configs(sizes)[part] for part in beside},
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
