@@ -49,9 +49,9 @@ def kernels_with_gradients():
 
 @pytest.mark.usefixtures("on_gpu")
 def test_kernels_agree_with_the_reference():
-    """A length for each batch entry, one without a key, and 2 x 24 features."""
+    """A length for each batch entry, one without a key and one past the end; 2 x 24 features."""
     given = arrays(jnp.float32, 3, 33, 70, 3, 64, 24)
-    lengths = jnp.asarray((50, 0, 70))
+    lengths = jnp.asarray((50, 0, 90))
 
     def function(*args):
         return pallas_gpu.linear_attention(*args, lengths, TILES)

@@ -59,7 +59,9 @@ def linear_attention_state(
     """See `interface.linear_attention_state`. `config`, Raises: as `linear_attention`."""
     checks.hedgehog_alone(feature_map)
     config = _supported(k, feature_map.k, config)
-    lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
+    lengths = key_lengths
+    if lengths is not None:
+        lengths = jnp.minimum(lengths, k.shape[1]).astype(jnp.int32)
     return _state(k, v, feature_map.k.astype(jnp.float32), lengths, config)
 
 
