@@ -143,7 +143,9 @@ def test_a_compiled_scan_gathers_each_layer_once_a_direction():
 
     weights = shape(5, 1024, 1024, spec=(None, "fsdp"))
     inputs = weights, shape(64, 1024, spec=("fsdp",))
-    text = jax.jit(jax.grad(loss), out_shardings=weights.sharding).lower(*inputs).compile().as_text()
+    text = (
+        jax.jit(jax.grad(loss), out_shardings=weights.sharding).lower(*inputs).compile().as_text()
+    )
     found = collectives.count(text, 4)
     layer = 2 * 1024 * 1024
     calls, sent = found.by_kind()["all-gather"]
