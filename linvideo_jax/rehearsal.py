@@ -69,7 +69,7 @@ def problem(config) -> Problem:
     models = registry.sizes(config.model)
     given, other = config.collect.sampling.to_dict(), config.get("evaluate") or {}
     sampling, names = SAMPLING | given, ("height", "width", "num_frames")
-    for name, own in zip(names, registry.VIDEO_SIZES[config.model], strict=True):
+    for name, own in zip(names, models.video, strict=True):
         sampling[name] = given.get(name) or other.get(name) or own
     sides = (sampling[name] for name in names)
     latent_shape = pipeline.latent_shape(models.transformer, models.vae, *sides)

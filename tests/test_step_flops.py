@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-from kernels.softmax_attention import blocks
+from kernels.softmax_attention import blocks, interface, reference
 from linvideo_jax import config_files, rehearsal
 from linvideo_jax.metrics import flops, step_flops
 from linvideo_jax.metrics.step_flops import Layers, Size
@@ -49,14 +49,36 @@ def products(jaxpr) -> float:
     return total
 
 
+def as_kernels_do(q, k, v, bias):
+    """Softmax attention that keeps no logits: the backward pass makes them again."""
+    return reference.softmax_attention(q, k, v, bias) if bias is not None else fused(q, k, v)
+
+
+@jax.custom_vjp
+def fused(q, k, v):
+    return blocks.attend(q, k, v).out.astype(q.dtype)
+
+
+def _forward(q, k, v):
+    block = blocks.attend(q, k, v)
+    return block.out.astype(q.dtype), (q, k, v, block)
+
+
+def _backward(saved, dout):
+    changes = blocks.gradients(*saved, dout)
+    return tuple(change.astype(x.dtype) for change, x in zip(changes, saved[:3], strict=True))
+
+
+fused.defvjp(_forward, _backward)
+
+
 @pytest.fixture
 def planned(monkeypatch):
-    """planned(objective=, remat=) -> (config, problem, recipe) of three layers, 1,008 tokens."""
+    """planned(objective=, remat=) -> (config, problem, recipe, mesh) of three layers, 1,008 tokens."""
     models = registry.wan_digits()
     tiny = registry.ModelSizes(WanConfig(num_layers=3, **SIZES), models.vae, models.text_encoder)
     monkeypatch.setitem(registry.MODELS, "tiny", lambda: tiny)
-    # So that the softmax attention does not keep its logits, as no kernel does.
-    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 1 << 22)
+    monkeypatch.setitem(interface.IMPLEMENTATIONS, "reference", as_kernels_do)
 
     def planned(**changes):
         config = config_files.load("configs/digits.py")
@@ -65,7 +87,7 @@ def planned(monkeypatch):
         config.transfer.update({"batch_size": 2, "optimizer": "adamw", **changes})
         given = rehearsal.problem(config)
         mesh = AbstractMesh((1,) * len(meshes.AXES), meshes.AXES)
-        return config, given, rehearsal.recipe(config, given, mesh)
+        return config, given, rehearsal.recipe(config, given, mesh), mesh
 
     return planned
 
@@ -83,9 +105,9 @@ def planned(monkeypatch):
     ],
 )
 def test_an_update_has_the_products_that_are_counted(planned, objective, remat):
-    config, given, recipe = planned(objective=objective, remat=remat)
+    config, given, recipe, mesh = planned(objective=objective, remat=remat)
     assert given.size == Size(1008)
-    arguments = rehearsal.arguments(config, recipe, given)
+    arguments = rehearsal.arguments(config, recipe, given, mesh)
     traced = jax.make_jaxpr(training.update, static_argnums=0)(recipe, *arguments)
     counted = step_flops.update(recipe, given.size, Layers(0, 0, 3), 2)
     # Counted too many: gradients of inputs that nobody asks for.

@@ -3,8 +3,8 @@
 A name is a leaf's path joined by "/": `params/blocks/attn1/to_q/kernel`. The optimiser's moments,
 the moving average and the networks beside the student end in the same path, so one table serves
 every tree. The axis of the layers is never shared: a scan takes one layer's shards at a time and
-gathers them (`layer_spec`). What the table shares over `fsdp` is shared over `context`, too: devices
-that share a video's tokens need the same weights, but not to keep them.
+gathers them (`layer_spec`). What the table shares over `fsdp` is shared over `context`, too:
+devices that share a video's tokens need the same weights, but not to keep them.
 """
 
 import math

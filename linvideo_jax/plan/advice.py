@@ -36,16 +36,3 @@ def changes(plan: Plan) -> list[str]:
 
 def _divisor(batch_size: int, least: int) -> int:
     return next(n for n in range(least, batch_size + 1) if batch_size % n == 0)
-
-
-def warnings(plan: Plan) -> list[str]:
-    """What runs, but not well."""
-    told = []
-    if plan.idle > 1:
-        part = plan.recipe.batch_size // plan.recipe.accumulate
-        told.append(
-            f"a batch of {part} does not divide among "
-            f"data:{plan.sizes['data']} and fsdp:{plan.sizes['fsdp']}, so {plan.idle:.0f} groups of "
-            f"chips compute the same samples: make transfer.batch_size a multiple of {plan.unit}"
-        )
-    return told

@@ -65,7 +65,7 @@ class Compiled:
 
 
 def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compiled:
-    """Compiles `training.update_in_place` for a mesh of devices, real or described.
+    """Compiles `training.update` for a mesh of devices, real or described.
 
     platform: "tpu", "gpu" or "cpu". UserError as `rehearsal.problem` and `rehearsal.recipe`.
     """
@@ -76,7 +76,7 @@ def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compil
     arguments = rehearsal.arguments(config, recipe, given, mesh)
     held = _held(arguments)
     with compiling_for(platform):
-        lowered = training.update_in_place.lower(recipe, *arguments)
+        lowered = training.update.lower(recipe, *arguments)
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -19,13 +19,10 @@ def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held) -> dict:
     """
     config = recipe.student
     dim, ffn, layers = config.dim, config.ffn_dim, config.num_layers
-    fsdp, context = mesh.shape["fsdp"], mesh.shape["context"]
-    samples = recipe.batch_size // recipe.accumulate
-    shared = meshes.batch_spec(mesh, samples) or ()
-    for axis in shared:
-        samples //= mesh.shape[axis]
+    context = mesh.shape["context"]
+    samples = recipe.batch_size // recipe.accumulate // meshes.batch_devices(mesh)
     tokens = samples * -(-given.size.tokens // context)
-    layer = _BFLOAT16 * (8 * dim**2 + 2 * dim * ffn) * (fsdp > 1)
+    layer = _BFLOAT16 * (8 * dim**2 + 2 * dim * ffn) * (mesh.shape["fsdp"] * context > 1)
     products = {"products": 7 * dim + ffn, "none": 20 * dim + 3 * ffn}.get(recipe.remat, 0)
     kept = 0 if recipe.remat == "offload" else _FLOAT32 * dim
     logits = config.num_attention_heads * given.size.text_tokens

@@ -1,7 +1,6 @@
 """A plan as text for a terminal."""
 
 from linvideo_jax.metrics import step_flops
-from linvideo_jax.metrics.step_flops import Work
 from linvideo_jax.parallel.layout import MeshLayout
 from linvideo_jax.plan import advice
 from linvideo_jax.plan.chips import GIB
@@ -19,11 +18,8 @@ def text(plan: Plan) -> str:
     if plan.machine.chip.flops:
         parts.append(_times(plan))
     parts.append(_collection(plan))
-    told = [f"warning: {one}." for one in advice.warnings(plan)]
     if not plan.fits:
-        told.append("does not fit. Change one of: " + "; ".join(advice.changes(plan)) + ".")
-    if told:
-        parts.append("\n".join(told))
+        parts.append("It does not fit. Change one of: " + "; ".join(advice.changes(plan)) + ".")
     return "\n\n".join(parts)
 
 
@@ -159,8 +155,3 @@ def _long(value: Range) -> str:
     if value[1] >= 2 * _DAY:
         return f"{value[0] / _DAY:.1f} to {value[1] / _DAY:.1f} days"
     return f"{value[0] / _HOUR:.1f} to {value[1] / _HOUR:.1f} hours"
-
-
-def utilisation(work: Work, seconds: float, flops: float, num_chips: int) -> float:
-    """MFU: forward and backward of `work` in `seconds`, over the peak of all chips."""
-    return work.model / seconds / flops / num_chips

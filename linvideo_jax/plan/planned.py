@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from linvideo_jax import rehearsal
 from linvideo_jax.metrics.step_flops import Work
 from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel.placement import check_batch
 from linvideo_jax.plan import chips, memory, simulated, times
 from linvideo_jax.plan.chips import Machine
 from linvideo_jax.plan.collectives import Communication
@@ -29,8 +30,7 @@ class Plan:
 
     sizes: of the mesh's axes. chosen: the compilation at the configuration's batch size, other: at
     another one, None if it was of no use. formula: bytes by name where memory is estimated, too.
-    unit: samples of the smallest batch of which every chip has a part. idle: how many times the
-    same samples are computed, where the batch does not divide by `unit`.
+    unit: samples of the smallest batch of which every chip has a part.
     """
 
     config: Any
@@ -44,7 +44,6 @@ class Plan:
     steps: Steps
     collection: Work
     unit: int
-    idle: float
 
     @property
     def limit(self) -> float:
@@ -88,8 +87,7 @@ class Plan:
         work = self.steps.warmup, self.steps.mixed, self.steps.rounded
         sent = mixed, mixed, rounded  # the warm-up sends less than that
         return tuple(
-            times.seconds(one, self.machine, part, self.idle)
-            for one, part in zip(work, sent, strict=True)
+            times.seconds(one, self.machine, part) for one, part in zip(work, sent, strict=True)
         )
 
     @property
@@ -111,9 +109,9 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
     """
     given = rehearsal.problem(config)
     machine = chips.here() if text == "here" else chips.machine(text)
-    asked = {name: config.mesh[name] for name in meshes.AXES} if "mesh" in config else {}
-    sizes = meshes.resolve(asked, machine.num_chips)
+    sizes = meshes.resolve(meshes.of_config(config), machine.num_chips)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_batch(mesh, config.transfer.batch_size, config.transfer.accumulate)
     recipe = rehearsal.recipe(config, given, mesh)
     unit = sizes["data"] * sizes["fsdp"] * recipe.accumulate
     batch = recipe.batch_size
@@ -128,8 +126,6 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
     formula = None
     if not machine.is_tpu and text != "here":
         formula = memory.estimate(recipe, given, mesh, chosen.held)
-    micro = batch // recipe.accumulate
-    shared = math.prod(mesh.shape[axis] for axis in meshes.batch_spec(mesh, micro) or ())
     return Plan(
         config,
         machine,
@@ -142,7 +138,6 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
         times.steps(config, recipe, given),
         times.collection(config, recipe, given),
         unit,
-        sizes["data"] * sizes["fsdp"] / shared,
     )
 
 

@@ -47,15 +47,10 @@ def collection(config, recipe: Recipe, given: Problem) -> Work:
     return step_flops.collect(recipe.teacher, given.size, config.collect.num_videos, num_steps)
 
 
-def seconds(
-    work: Work, machine: Machine, sent: Communication | None = None, idle: float = 1.0
-) -> Range:
-    """(fast, slow) of so much work on all chips; sent: by each chip.
-
-    idle: how many times the same samples are computed, where the batch does not divide.
-    """
+def seconds(work: Work, machine: Machine, sent: Communication | None = None) -> Range:
+    """(fast, slow) of so much work on all chips; sent: by each chip."""
     chip = machine.chip
-    arithmetic = idle * work.total / machine.num_chips / chip.flops
+    arithmetic = work.total / machine.num_chips / chip.flops
     low, high = chip.efficiency
     slow_link, fast_link = machine.one_way
     bytes_sent = 0.0 if sent is None else sent.sent

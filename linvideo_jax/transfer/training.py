@@ -254,10 +254,6 @@ def gradients(
     return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
 
 
-# What a run calls: the new state takes over the memory of the old one, which is half of it else.
-update_in_place = jax.jit(update, static_argnames="recipe", donate_argnames="state")
-
-
 def stepped(recipe: Recipe, state: State, grads, knobs: Knobs) -> tuple[State, dict[str, Array]]:
     """(state, metrics) after the step that the gradient of "params" and "r" asks for."""
     optimizer = weights_optimizer(recipe)
