@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kernels.dispatch import dispatch
-from kernels.linear_attention import checks, pallas_tpu, reference
+from kernels.linear_attention import checks, pallas_gpu, pallas_tpu, reference
 from kernels.linear_attention.types import FeatureMap, State
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 # In the order of preference.
-IMPLEMENTATIONS = {"pallas_tpu": pallas_tpu, "reference": reference}
+IMPLEMENTATIONS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "reference": reference}
 
 
 def linear_attention(
@@ -34,8 +34,8 @@ def linear_attention(
     zero.
     `key_lengths`: only the first key_lengths[b] keys count (None: all); the others may be
     anything, and their gradients are zero.
-    `implementation`: "pallas_tpu", "reference", several names in order of preference, or None for
-    the first that supports the inputs.
+    `implementation`: "pallas_tpu", "pallas_gpu", "reference", several names in order of
+    preference, or None for the first that supports the inputs.
 
     Raises: ValueError for shapes or dtypes that do not fit together; NotImplementedError with the
     reasons if no named implementation supports the inputs.

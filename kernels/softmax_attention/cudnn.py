@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from kernels.dispatch import platform
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -22,8 +24,8 @@ def softmax_attention(
     Raises: NotImplementedError off NVIDIA GPUs, for 32-bit inputs, for a head_dim that is not a
     multiple of 8 up to 128, and for a bias.
     """
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"needs an NVIDIA GPU, this is {jax.default_backend()}")
+    if platform() != "gpu":
+        raise NotImplementedError(f"needs an NVIDIA GPU, this is {platform()}")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"needs bfloat16 or float16, got {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 128:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.linear_attention import FeatureMap
+from kernels.mixture import mix
 from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.rotary import rotate
 from linvideo_jax.models.wan_config import WanConfig
@@ -181,9 +182,7 @@ def _linear_only(layout, r, q, k, v, maps):
 
 def _mix(layout, r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
-    quadratic = layout.softmax_attention(q, k, v).astype(jnp.float32)
-    linear = layout.linear_attention(q, k, v, maps).astype(jnp.float32)
-    return (r * quadratic + (1 - r) * linear).astype(v.dtype)
+    return mix(r, layout.softmax_attention(q, k, v), layout.linear_attention(q, k, v, maps))
 
 
 class HedgehogMap(nnx.Module):

@@ -73,13 +73,7 @@ class Placement:
         """
         if self.layout is None:
             return np.arange(batch_size)
-        multiple = meshes.batch_devices(self.mesh) * parts
-        if batch_size % multiple:
-            in_parts = f" in {parts} parts" if parts > 1 else ""
-            raise UserError(
-                f"batches of {batch_size}{in_parts} cannot be shared evenly by the mesh "
-                f"{meshes.describe(self.mesh)}: choose a multiple of {multiple}."
-            )
+        check_batch(self.mesh, batch_size, parts)
         sharding = meshes.batch_sharding(self.mesh, batch_size)
         held = sharding.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
@@ -100,6 +94,17 @@ class Placement:
             return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
 
         return jax.tree.map(placed, tree)
+
+
+def check_batch(mesh: Mesh, batch_size: int, parts: int = 1) -> None:
+    """UserError if the mesh does not share a batch of this size, in so many parts, evenly."""
+    multiple = meshes.batch_devices(mesh) * parts
+    if batch_size % multiple:
+        in_parts = f" in {parts} parts" if parts > 1 else ""
+        raise UserError(
+            f"batches of {batch_size}{in_parts} cannot be shared evenly by the mesh "
+            f"{meshes.describe(mesh)}: choose a multiple of {multiple}."
+        )
 
 
 def whole(tree: Any) -> Any:

@@ -3,9 +3,11 @@
 A name is a leaf's path joined by "/": `params/blocks/attn1/to_q/kernel`. The optimiser's moments,
 the moving average and the networks beside the student end in the same path, so one table serves
 every tree. The axis of the layers is never shared: a scan takes one layer's shards at a time and
-gathers them (`layer_spec`).
+gathers them (`layer_spec`). What the table shares over `fsdp` is shared over `context`, too:
+devices that share a video's tokens need the same weights, but not to keep them.
 """
 
+import math
 import re
 from typing import Any
 
@@ -37,11 +39,14 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if len(wanted) != len(shape):
         return PartitionSpec()
     for axis, name_of_axis in enumerate(wanted):
-        if name_of_axis is None or mesh.shape[name_of_axis] == 1:
+        if name_of_axis is None:
             continue
-        for other in range(axis, len(shape)):
-            if shape[other] % mesh.shape[name_of_axis] == 0:
-                return PartitionSpec(*(None,) * other, name_of_axis)
+        for axes in (("fsdp", "context"), ("fsdp",), ("context",)):
+            axes = tuple(one for one in axes if mesh.shape[one] > 1)
+            size = math.prod(mesh.shape[one] for one in axes)
+            for other in range(axis, len(shape)):
+                if axes and shape[other] % size == 0:
+                    return PartitionSpec(*(None,) * other, axes[0] if len(axes) == 1 else axes)
     return PartitionSpec()
 
 
