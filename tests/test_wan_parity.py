@@ -221,5 +221,5 @@ def test_wrong_shapes_and_modes_are_refused(tiny):
     latents, timestep, text = example(TINY, (3, 2, 5), 4)
     with pytest.raises(ValueError, match="patches"):
         ours(latents[:, :, :3], timestep, text, None)
-    with pytest.raises(ValueError, match="feature_map"):
+    with pytest.raises(ValueError, match="feature map"):
         ours(latents, timestep, text, None, mode=jnp.zeros(3, jnp.int32))
