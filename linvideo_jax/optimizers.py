@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -41,6 +42,16 @@ def muon_with_adam() -> optax.GradientTransformation:
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrix_axes,
     )
+
+
+def moving_average(average: Any, params: Any, decay: jax.Array | float, age: jax.Array | int):
+    """The average after an update that gave `params`; `age` updates were averaged before.
+
+    The decay rises to its value with the age, (1 + age) / (10 + age), so that a young average
+    forgets where it began.
+    """
+    decay = jnp.minimum(decay, (1.0 + age) / (10.0 + age))
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
 
 
 def apply(params: Any, changes: Any, learning_rate: jax.Array | float) -> Any:

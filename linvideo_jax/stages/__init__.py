@@ -5,7 +5,7 @@ from pathlib import Path
 
 from linvideo_jax.errors import UserError
 
-STAGES = ("pretrain", "collect", "profile", "transfer", "evaluate")
+STAGES = ("pretrain", "collect", "profile", "transfer", "distill", "evaluate")
 
 
 def run(config, workdir: Path) -> None:

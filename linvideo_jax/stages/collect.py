@@ -75,13 +75,13 @@ def run(config, workdir: Path) -> None:
         return
     prompts = prompt_files.read(config.prompts)
     teacher = checkpoints.load(config.checkpoint)
-    sampling = teacher.sampling | settings.sampling.to_dict()
-    sigmas = grids.sigma_grid(
-        sampling["num_inference_steps"],
-        sampling["flow_shift"],
-        sampling["time_grid"],
-        sampling["sampler"],
-    )
+    sampling = pipeline.overridden(teacher.sampling, settings.sampling.to_dict())
+    if sampling["sampler"] == "renoise":
+        raise UserError(
+            f"{config.checkpoint} is sampled with renoise, whose states are no trajectory: choose "
+            "a teacher that is not distilled."
+        )
+    sigmas = pipeline.Settings(**sampling).sigmas()
     text, lengths = _encoded_text(teacher, [*prompts, settings.negative_prompt], folder)
     loop.write_json(
         folder / "grid.json",
