@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
     distill.clip_norm = 10.0
     distill.ema_decay = 0.99
     distill.remat = True
+    distill.samples = 4
+    distill.sample_every = 250
     distill.save_every = 500
     distill.log_every = 50
     return config

@@ -1,5 +1,7 @@
 """Grids, solvers and identities of rectified flow against diffusers, and against themselves."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,7 +180,7 @@ def test_renoise_is_a_plain_loop_with_noise_of_each_samples_own_key():
 
     final, seen = run(NOISE, keys)
     x = NOISE
-    for i, (here, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (here, after) in enumerate(itertools.pairwise(sigmas)):
         np.testing.assert_allclose(seen.states[i], x, rtol=1e-4, atol=1e-5)
         x_0 = x - here * velocity(x, np.float32(here))
         fresh = [jax.random.normal(jax.random.fold_in(k, i), NOISE.shape[1:]) for k in keys]
@@ -195,7 +197,7 @@ def test_euler_hop_over_a_list_is_a_plain_loop_and_what_diffusers_does():
     sigmas, velocity = grids.warped((1000, 750, 500, 250), 5.0), velocity_of(jnp)
     states = our_run(sigmas, "euler")
     x = NOISE
-    for i, (here, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (here, after) in enumerate(itertools.pairwise(sigmas)):
         u = velocity(x, np.float32(here))
         x = (x - here * u) + after * u
         np.testing.assert_allclose(states[i + 1], x, rtol=1e-4, atol=1e-5)

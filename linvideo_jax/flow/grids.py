@@ -68,16 +68,15 @@ def sigma_grid(
     return sigmas
 
 
-def warped(
-    denoising_steps: Sequence[float], flow_shift: float
-) -> Float[np.ndarray, " steps+1"]:
+def warped(denoising_steps: Sequence[float], flow_shift: float) -> Float[np.ndarray, " steps+1"]:
     """Sigmas of a distilled model's list of timesteps, with a 0 behind them.
 
     The list counts timesteps before the shift, from 1000 down, so that one list serves every shift
     (`warp_denoising_step` of CausVid and Self-Forcing): 1000, 750, 500, 250 are 1000, 937.5, 833.3,
     625 with shift 5. A list of timesteps that the network is told as they stand goes with shift 1.
     """
-    return np.append(shift_time(np.asarray(denoising_steps, np.float64) / TRAIN_TIMESTEPS, flow_shift), 0.0)
+    sigmas = np.asarray(denoising_steps, np.float64) / TRAIN_TIMESTEPS
+    return np.append(shift_time(sigmas, flow_shift), 0.0)
 
 
 def network_timesteps(

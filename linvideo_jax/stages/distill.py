@@ -4,13 +4,14 @@ Two networks are trained in turn, the fake score at every step and the generator
 `generator_every`-th, from prompts alone. The layers' kinds are those of the checkpoint and stay.
 """
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, video
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import solvers
@@ -64,6 +65,9 @@ def run(config, workdir: Path) -> None:
             )
         texts = prompts.draw(config.seed, 2 * step)
         state, more = distill_training.update_fake_score(recipe, state, texts, knobs, critic)
+        if settings.samples and (step + 1) % settings.sample_every == 0:
+            shown = as_checkpoint(student, recipe, state)
+            show(workdir / "samples", shown, prompts.first(settings.samples), sampling, step + 1)
         return state, metrics | more
 
     state = loop.run(
@@ -75,7 +79,7 @@ def run(config, workdir: Path) -> None:
         save_every=settings.save_every,
         log_every=settings.log_every,
     )
-    save(workdir / "final", config, student, recipe, state, sampling)
+    save(workdir / "final", as_checkpoint(student, recipe, state), sampling)
 
 
 def check(settings) -> None:
@@ -153,6 +157,10 @@ class Prompts:
         longest = max(len(self._texts[prompt]) for prompt in (*self._prompts, negative))
         self._tokens = text_bucket(longest)
 
+    def first(self, count: int) -> list[str]:
+        """The first prompts of the file."""
+        return self._prompts[:count]
+
     def draw(self, seed: int, number: int) -> Texts:
         """The texts of batch `number`; the same on every host."""
         rows = np.random.default_rng([seed, number]).integers(
@@ -208,22 +216,49 @@ def knobs_at(config, step: int, guidance_scale: float, rate) -> Knobs:
     )
 
 
-def save(folder: Path, config, student, recipe: Recipe, state, sampling: Settings) -> None:
-    """Writes the generator, whose config.json says how it is sampled, so that no flag is needed."""
+def as_checkpoint(student: checkpoints.Checkpoint, recipe: Recipe, state) -> checkpoints.Checkpoint:
+    """The generator's average as a checkpoint, with the other networks of the student's."""
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
+    feature_map = recipe.student.feature_map
+    return replace(
+        student,
+        config={**student.config, "linear_layers": linear, "feature_map": feature_map},
+        wan_config=recipe.student,
+        transformer=state["ema"],
+    )
+
+
+def show(
+    folder: Path,
+    generator: checkpoints.Checkpoint,
+    prompts: list[str],
+    sampling: Settings,
+    step: int,
+) -> None:
+    """mp4 files `STEP-NUMBER.mp4` of the prompts, from the same noise at every step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    pipeline = Pipeline(generator)
+    latents = pipeline.latents(prompts, list(range(len(prompts))), sampling, len(prompts))
+    for i, one in enumerate(latents):
+        video.write_mp4(folder / f"{step:06d}-{i:02d}.mp4", pipeline.decode(one[None])[0])
+
+
+def save(folder: Path, generator: checkpoints.Checkpoint, sampling: Settings) -> None:
+    """Writes the generator, whose config.json says how it is sampled, so that no flag is needed."""
     checkpoints.save(
         folder,
         config=checkpoints.make_config(
-            recipe.student,
-            student.vae_config,
-            student.umt5_config,
-            linear_layers=linear,
-            sampling=vars(sampling),
+            generator.wan_config,
+            generator.vae_config,
+            generator.umt5_config,
+            linear_layers=generator.linear_layers,
+            sampling=asdict(sampling),
         ),
-        transformer=jax.device_get(state["ema"]),
-        vae=student.vae,
-        text_encoder=student.text_encoder,
-        tokenizer=student.tokenizer_folder,
-        scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, len(sampling.sigmas()) - 1),
-        source=str(config.checkpoint),
+        transformer=jax.device_get(generator.transformer),
+        vae=generator.vae,
+        text_encoder=generator.text_encoder,
+        tokenizer=generator.tokenizer_folder,
+        scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, sampling.num_inference_steps),
+        source=str(generator.path),
     )
