@@ -63,9 +63,28 @@ def get_config() -> ConfigDict:
     transfer.lr_warmup_steps = 50
     transfer.feature_map_rate = 3.0  # times the rate of the weights
     transfer.clip_norm = 1.0
-    transfer.remat = True
+    # muon (for the matrices of the layers, Adam for the rest) or adamw; decay of matrices alone.
+    transfer.optimizer = "muon"
+    transfer.weight_decay = 0.0
+    transfer.accumulate = 1  # parts of a batch, one after the other, whose gradients are averaged
+    transfer.ema_decay = 0.0  # of the weights' moving average; 0: none is kept
+    transfer.final_weights = "raw"  # what the student is made of: raw, or ema
+    # What the backward pass keeps of a layer: none (all), products (those with weights), full (the
+    # layer's input), offload (that, in the host's memory).
+    transfer.remat = "products"
+    # A run stops where its velocity error is above this factor times its running median for so many
+    # steps; 0: never. Making a layer linear raises the error up to (1 / 0.2)^2 times while r falls
+    # from 0.8 to 0; runs that diverged grew without bound.
+    transfer.divergence_factor = 100.0
+    transfer.divergence_steps = 20
     transfer.save_every = 1000
+    transfer.keep = 2  # of the newest states
+    transfer.best = ""  # a metric: the state where it was least is kept too
     transfer.log_every = 50
+    transfer.report_every = 30.0  # seconds; report.html grows while training
+    transfer.sample_every = 0  # steps; teacher and student from one noise, in the report; 0: none
+    transfer.sample_prompts = 2
+    transfer.profile_at = 0  # a step; a trace of the 3 after it is in state/transfer/profile-trace
 
     config.profile = profile = ConfigDict()  # not among the stages above: selection "grid" needs it
     profile.width = 2  # consecutive layers replaced at a time

@@ -38,9 +38,14 @@ def get_config() -> ConfigDict:
     distill.weight_decay = 0.01
     distill.clip_norm = 10.0
     distill.ema_decay = 0.99
-    distill.remat = True
-    distill.samples = 4
-    distill.sample_every = 250
+    distill.remat = "products"
+    distill.divergence_factor = 100.0
+    distill.divergence_steps = 20
     distill.save_every = 500
+    distill.keep = 2
     distill.log_every = 50
+    distill.report_every = 30.0
+    distill.sample_every = 250
+    distill.sample_prompts = 4
+    distill.profile_at = 0
     return config

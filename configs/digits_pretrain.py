@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
     transformer.lr_warmup_steps = 300
     transformer.ema_decay = 0.999
     transformer.dtype = "bfloat16"
-    transformer.remat = True
+    transformer.remat = "products"
     transformer.save_every = 3000
     transformer.log_every = 50
     return config

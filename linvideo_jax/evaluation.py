@@ -24,11 +24,13 @@ from linvideo_jax.data import captions, digits
 from linvideo_jax.data.digits import ABSENT, INCONSISTENT, UNSAID, Labels
 from linvideo_jax.errors import UserError
 from linvideo_jax.folders import replacing
-from linvideo_jax.metrics import agreement, motion, quality
+from linvideo_jax.metrics import agreement, flow, likeness, motion, quality
 from linvideo_jax.metrics.classifier import NO_DIRECTION, Classifier
 from linvideo_jax.models.wan import initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
+from linvideo_jax.requests import vbench_name
+from linvideo_jax.video import FPS, write_mp4
 
 Columns = dict[str, np.ndarray]
 
@@ -261,6 +263,65 @@ def measure(
     for name, values in reading.labels._asdict().items():
         columns[f"seen.{name}"] = np.asarray(values)
     return columns
+
+
+def compare(
+    name: str,
+    prompts: Sequence[str],
+    sample: int,
+    ours: Videos,
+    teachers: Videos,
+    pixels: Callable[
+        [Float[np.ndarray, "1 f h w c"]], UInt8[np.ndarray, "1 frames height width 3"]
+    ],
+    folder: Path,
+) -> Columns:
+    """One row a video, without a judge: likeness to the teacher's, sharpness and motion.
+
+    Each video is decoded by `pixels`, measured, and written to `folder/vbench/NAME` under the name
+    that VBench looks for, as its `sample`-th; what an interrupted run has done is kept. The
+    teacher's likeness to itself is NaN.
+    """
+    rows = []
+    title = f"measure {name}, sample {sample}"
+    with Progress(title, len(prompts), unit="video") as progress:
+        for i, prompt in enumerate(prompts):
+            path = folder / "rows" / f"{file_stem(name)}-{sample}-{i:05d}.safetensors"
+            video = folder / "vbench" / file_stem(name) / vbench_name(prompt, sample)
+
+            def measured(i=i, video=video):
+                both = ours.latents[i : i + 1], teachers.latents[i : i + 1]
+                return _compared(*both, ours is teachers, pixels, video)
+
+            mark = fingerprint(ours.fingerprint, teachers.fingerprint, prompt)
+            row = stored(path, mark) if video.exists() else None
+            if row is None:
+                row = measured()
+                store(path, mark, row)
+            rows.append(row)
+            progress.update(i + 1)
+    return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+
+
+def _compared(ours, theirs, same, pixels, path) -> Columns:
+    video = pixels(ours)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(path, video)
+    found = flow.flows(video, FPS)
+    row = {
+        "distance_latents": float(quality.distance(ours, theirs)[0]),
+        "motion.speed": flow.speed(found),
+        "motion.smoothness": flow.smoothness(found),
+        "motion.dynamic_degree": float(flow.is_dynamic(found)),
+        "quality.sharpness": quality.sharpness(signed(video)),
+    }
+    nothing = float("nan")
+    row |= {"psnr": nothing, "ssim": nothing, "distance_video": 0.0}
+    if not same:
+        other = pixels(theirs)[0]
+        row["distance_video"] = float(quality.distance(signed(video)[None], signed(other)[None])[0])
+        row |= {"psnr": likeness.psnr(video, other), "ssim": likeness.ssim(video, other)}
+    return {key: np.array([value], np.float64) for key, value in row.items()}
 
 
 def real_features(judge: Classifier, count: int, num_frames: int) -> Columns:

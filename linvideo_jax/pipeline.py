@@ -174,6 +174,7 @@ def denoise(
     lengths: Int[Array, " halves*videos"],
     guidance_scale: Float[Array, ""],
     mode: Int[Array, " layers"] | None,
+    r: Float[Array, " layers"] | None = None,
     *,
     config: WanConfig,
     sampler: str,
@@ -183,15 +184,16 @@ def denoise(
     """The whole sampling loop, from noise to latents; the latents stay float32 between the steps.
 
     `text` holds the prompts and, behind them, the negative prompts: both halves pass the network as
-    one batch. With the prompts alone there is no guidance. `seeds`: of the noise that the sampler
-    "renoise" adds, each video's from its own.
+    one batch. With the prompts alone there is no guidance. `r` is of layers whose mode is MIX;
+    `seeds` are of the noise that the sampler "renoise" adds, each video's from its own.
     """
     model = bind(WanTransformer, config, params)
     halves = text.shape[0] // noise.shape[0]
 
     def velocity(x, timestep):
         timesteps = jnp.full((text.shape[0],), timestep)
-        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, mode=mode, dtype=dtype)
+        options = {"mode": mode, "r": r, "dtype": dtype}
+        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, **options)
         if halves == 1:
             return u
         return rectified.guided(*jnp.split(u, 2), guidance_scale)
@@ -214,7 +216,7 @@ class Pipeline:
         self.checkpoint = checkpoint
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-        self.mode = None
+        self.mode, self.r = None, None
         if checkpoint.linear_layers:
             self.mode = np.full(checkpoint.wan_config.num_layers, SOFTMAX, np.int32)
             self.mode[list(checkpoint.linear_layers)] = LINEAR
@@ -279,6 +281,7 @@ class Pipeline:
                     jnp.asarray([len(self.texts[text]) for text in texts], jnp.int32),
                     jnp.float32(settings.guidance_scale),
                     self.mode,
+                    self.r,
                     config=self.checkpoint.wan_config,
                     sampler=settings.sampler,
                     sigmas=tuple(sigmas.tolist()),

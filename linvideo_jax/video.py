@@ -64,8 +64,12 @@ def strip(
     video: UInt8[np.ndarray, "frames height width 3"], count: int = 8
 ) -> UInt8[np.ndarray, "height count*width 3"]:
     """`count` frames, evenly spaced from the first to the last, side by side in one picture."""
-    picked = np.linspace(0, len(video) - 1, count).round().astype(int)
-    return np.concatenate(list(video[picked]), axis=1)
+    return np.concatenate(list(video[spread(len(video), count)]), axis=1)
+
+
+def spread(num_frames: int, count: int) -> list[int]:
+    """`count` indices of frames, evenly spaced from the first to the last."""
+    return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
 
 
 def write_png(path: Path, picture: UInt8[np.ndarray, "height width 3"]):

@@ -68,8 +68,8 @@ def config(ours, linear, tmp_path_factory):
         lr_warmup_steps=1,
         save_every=2,
         log_every=2,
-        samples=1,
-        sample_every=4,
+        sample_prompts=1,
+        sample_every=0,
     )
     return config
 
@@ -235,7 +235,7 @@ def test_export_and_import_keep_how_it_is_sampled(trained, tmp_path):
 
 
 def test_a_dense_model_is_distilled_too(config, ours, tmp_path):
-    run = changed(config, checkpoint=str(ours), require_selection=False, num_steps=2, samples=0)
+    run = changed(config, checkpoint=str(ours), require_selection=False, num_steps=2)
     run.distill.update(sampler="euler", warp_steps=False, denoising_steps=(1000.0, 500.0))
     distill.run(run, tmp_path)
     final = checkpoints.load(tmp_path / "final")
@@ -245,7 +245,7 @@ def test_a_dense_model_is_distilled_too(config, ours, tmp_path):
 
 
 def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path):
-    run = changed(config, checkpoint=str(ours), one_stage=True, round_at=4, num_steps=6, samples=0)
+    run = changed(config, checkpoint=str(ours), one_stage=True, round_at=4, num_steps=6)
     run.transfer.update(target=1, r_learning_rate=0.05, lambda_=1.0)
     distill.run(run, tmp_path)
     lines = loop.read_metrics(tmp_path / "state" / "distill")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from linvideo_jax import checkpoints, evaluation, video
+from linvideo_jax import checkpoints, evaluation, report, video
 from linvideo_jax.data import captions
 from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import agreement, classifier, flops
@@ -237,6 +237,65 @@ def test_pixels_of_the_teacher_alone(config, tmp_path):
     assert entry["distance_video"] == 0
     assert 0 <= entry["quality.sharpness"] <= 1 and "motion.shape_correlation" in entry
     assert entry["frechet"] is None, "two videos have no covariance of full rank"
+
+
+def test_without_a_classifier_videos_are_compared_with_the_teachers(config, run_folder, tmp_path):
+    """As for real Wan: any prompt, figures that need no network, and videos named as VBench wants.
+
+    Interrupted and resumed, each video is measured once.
+    """
+    prompts = ("a cat on a sofa", "rain, at night: 5 streets")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    own = ConfigDict(config.to_dict())
+    own.evaluate.unlock()
+    changes = {"prompts": str(tmp_path / "prompts.txt"), "num_prompts": 2, "classifier": ""}
+    own.evaluate.update(changes | {"reads": "pixels", "num_shown": 1, "others_before": False})
+    workdir = tmp_path / "work"
+    save_student(own.checkpoint, workdir / "final", (0, 2))
+    own.evaluate.others = ConfigDict()
+    decoded, decode = [], evaluation.decode
+
+    def counted(teacher, latents, batch_size):
+        decoded.append(len(latents))
+        if len(decoded) == 8:
+            raise KeyboardInterrupt
+        return decode(teacher, latents, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "decode", counted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(own, workdir)
+        evaluate.run(own, workdir)
+    # Of 2 prompts and 2 seeds: 4 of the teacher's once; the students' 8 with the teacher's beside
+    # them, one of the two broken off; and what is shown, of 3 models.
+    assert decoded == [1] * (4 + 2 * 8 + 2 + 3)
+
+    metrics = read(workdir)
+    assert metrics["ceiling"] is None and metrics["students"] == {}
+    entries = metrics["contenders"]
+    assert list(entries) == ["teacher", "student", "student_before"]
+    for name, entry in entries.items():
+        assert entry["agreement"] == {} and entry["num_videos"] == 4
+        assert 0 < entry["motion.smoothness"] <= 1 and 0 <= entry["motion.dynamic_degree"] <= 1
+        assert (entry["psnr"] is None) == (name == "teacher")
+        made = sorted(path.name for path in (workdir / "evaluate" / "vbench" / name).iterdir())
+        assert made == sorted(f"{prompt}-{i}.mp4" for prompt in prompts for i in (0, 1))
+        clip = video.read_mp4(workdir / "evaluate" / "vbench" / name / f"{prompts[0]}-1.mp4")
+        assert clip.shape == (13, 96, 96, 3)
+    student = entries["student"]
+    assert 5 < student["psnr"] < 60 and 0 < student["ssim"] < 1 and student["distance_video"] > 0
+    page = (workdir / "report.html").read_text()
+    assert "PSNR to the teacher" in page and "classifier of moving digits" not in page
+    assert "struck" not in page and "evaluate/vbench" in page
+    assert "psnr" in report.text(metrics)
+
+    own.evaluate.reads = "latents"
+    with pytest.raises(UserError, match=r"without evaluate\.classifier .* choose pixels"):
+        evaluate.run(own, workdir)
+    own.evaluate.reads = "pixels"
+    (tmp_path / "prompts.txt").write_text("one\none\n")
+    with pytest.raises(UserError, match="'one' is there twice"):
+        evaluate.run(own, workdir)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """The training loop with a toy update: resuming, signals, divergence, and the metrics file."""
 
+import errno
+import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +35,7 @@ def start():
     }
 
 
-def run(folder, update=toy, state=None, num_steps=10, save_every=4, log_every=2):
+def run(folder, update=toy, state=None, num_steps=10, save_every=4, log_every=2, **options):
     return loop.run(
         "toy",
         update,
@@ -39,12 +44,16 @@ def run(folder, update=toy, state=None, num_steps=10, save_every=4, log_every=2)
         folder=folder,
         save_every=save_every,
         log_every=log_every,
+        **options,
     )
+
+
+TIMES = ("time", "seconds_per_step")
 
 
 def untimed(folder):
     return [
-        {name: value for name, value in line.items() if name != "time"}
+        {name: value for name, value in line.items() if name not in TIMES}
         for line in loop.read_metrics(folder)
     ]
 
@@ -100,6 +109,38 @@ def test_a_crash_goes_on_from_the_last_save_bit_for_bit(whole, tmp_path):
     assert untimed(tmp_path / "cut") == untimed(whole[1]), "the line of step 6 is there once"
 
 
+def rows():
+    """A grain iterator, shuffled anew each epoch, 3 numbers a batch."""
+    data = grain.MapDataset.range(20).shuffle(seed=1).repeat()
+    return iter(data.to_iter_dataset().batch(3))
+
+
+def test_the_data_iterator_goes_on_where_it_was(tmp_path):
+    seen = []
+
+    def update(state, step, batch):
+        seen.append(batch.tolist())
+        if step == 6 and stop:
+            raise RuntimeError
+        state, metrics = toy(state, step)
+        return state | {"momentum": state["momentum"] + batch.sum()}, metrics
+
+    def go(name, data):
+        options = {"num_steps": 10, "save_every": 4, "log_every": 2}
+        return loop.run("toy", update, start(), folder=tmp_path / name, data=data, **options)
+
+    stop = False
+    whole, wanted = go("whole", rows()), list(seen)
+    assert wanted == [batch.tolist() for batch in itertools.islice(rows(), 10)]
+    stop = True
+    with pytest.raises(RuntimeError):
+        go("cut", rows())
+    stop = False
+    seen.clear()
+    assert_bits(go("cut", rows()), whole)
+    assert seen == wanted[4:]
+
+
 def test_a_second_signal_stops_at_once(tmp_path):
     def impatient(state, step):
         signal.raise_signal(signal.SIGINT)
@@ -121,7 +162,7 @@ def test_a_finished_run_does_nothing_and_more_steps_go_on(whole):
 
 
 @pytest.mark.parametrize(
-    ("bad_step", "log_every", "said", "kept"), [(7, 2, 8, [4]), (3, 100, 4, []), (4, 2, 6, [4])]
+    ("bad_step", "log_every", "said", "kept"), [(7, 2, 8, [4]), (3, 100, 4, []), (4, 2, 5, [4])]
 )
 def test_a_loss_that_is_not_finite_stops_and_is_not_saved(
     tmp_path, bad_step, log_every, said, kept
@@ -131,10 +172,99 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(
         worse = jnp.where(step >= bad_step, jnp.nan, 1.0)
         return state, metrics | {"loss": metrics["loss"] * worse}
 
-    with pytest.raises(UserError, match=rf"toy diverged at step {said} \(loss is not finite\)"):
+    last = rf"its last good state is {tmp_path}/checkpoints/{kept[0]}" if kept else "none is kept"
+    with pytest.raises(UserError, match=rf"at step {said} \(loss is not finite\): .*; {last}\.$"):
         run(tmp_path, diverging, log_every=log_every)
     assert saved_steps(tmp_path) == kept
     assert all(np.isfinite(line["loss"]) for line in loop.read_metrics(tmp_path))
+
+
+def growing(state, step):
+    """The loss of `toy`, and an error that is 1 until step 40 and then above 100."""
+    state, metrics = toy(state, step)
+    return state, metrics | {"error": jnp.where(step < 40, 1.0, 200.0)}
+
+
+def test_a_divergence_names_the_last_good_state_which_stays(tmp_path):
+    def go(steps):
+        guard = loop.Guard("error", 100.0, steps)
+        return run(tmp_path, growing, None, 100, 3, 5, guard=guard, keep=2)
+
+    message = r"at step 55 \(error is 200, for 15 steps above 100 times its running median, 1\)"
+    with pytest.raises(UserError, match=message) as refused:
+        go(15)
+    # Saved after it began: 42 to 54. Of these the newest stay, and the last before they began.
+    assert saved_steps(tmp_path) == [39, 51, 54]
+    assert f"last good state is {tmp_path}/checkpoints/39." in str(refused.value)
+    with pytest.raises(UserError, match="at step 55 "):
+        go(15)
+    assert saved_steps(tmp_path) == [39, 51, 54]
+
+
+def test_the_best_state_is_kept_by_its_mean_since_the_save_before(tmp_path):
+    errors = [5, 5, 1, 1.2, 0.1, 9, 4, 4, 3, 3]
+
+    def update(state, step):
+        state, metrics = toy(state, step)
+        return state, metrics | {"error": jnp.float32(errors[step])}
+
+    run(tmp_path, update, save_every=2, log_every=5, best="error", keep=2)
+    assert saved_steps(tmp_path) == [4, 8, 10]
+
+
+def test_events_come_after_their_steps_and_where_a_run_goes_on(tmp_path):
+    seen = []
+    events = [(3, lambda step, state: seen.append((step, float(state["mode"][0]))))]
+    events.append((0, lambda step, state: seen.append("never")))
+    with pytest.raises(loop.Interrupted):
+        run(tmp_path, stopping_at(5), events=events)
+    assert seen == [(3, 3)], "a signal is not kept waiting"
+    run(tmp_path, events=events)
+    assert seen[1:] == [(6, 6), (9, 9), (10, 10)]
+
+
+def test_a_full_disk_loses_nothing_good(whole, tmp_path):
+    big = {"weights": jnp.zeros(100_000)}
+
+    def update(state, step):
+        noise = jax.random.normal(jax.random.key(step), (100_000,))
+        return {"weights": state["weights"] + noise}, {"loss": noise[0] ** 2}
+
+    def go(name):
+        return run(tmp_path / name, update, big, 10, 2, 2)
+
+    wanted = go("undisturbed")
+    run(tmp_path / "cut", update, big, 4, 2, 2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as if no more had room
+    try:
+        with pytest.raises(UserError, match=r"could not be saved .* make room .* from step 4"):
+            go("cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert_bits(go("cut"), wanted)
+    assert saved_steps(tmp_path / "cut") == [8, 10], "nothing half-written is left"
+
+
+def test_a_disk_that_has_too_little_room_is_told_before_writing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(UserError, match=r"its disk has 0\.0 GB free: make room"):
+        run(tmp_path)
+    monkeypatch.undo()
+
+    def full(self, step, values):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loop.MetricsFile, "write", full)
+    with pytest.raises(UserError, match=r"toy cannot write to .*No space left on device\): make"):
+        run(tmp_path)
+
+
+def test_a_profile_of_three_steps(tmp_path):
+    run(tmp_path, profile_at=5)
+    assert list((tmp_path / "profile-trace").rglob("*.xplane.pb"))
+    run(tmp_path, num_steps=12, profile_at=10)  # the first trace stays
 
 
 def test_state_of_another_model_is_refused(whole):

@@ -13,6 +13,7 @@ from linvideo_jax import loop, report, video
 from linvideo_jax.errors import UserError
 from linvideo_jax.evaluation import store
 from linvideo_jax.report import charts
+from linvideo_jax.stages import monitoring
 
 NAMES = ("teacher", "student", "student_before", "shipped", "shipped_before")
 ROLES = ("teacher", "after", "before", "after", "before")
@@ -22,7 +23,12 @@ ATTRIBUTES = ("digit", "colour", "direction", "speed", "bounce", "background", "
 SECTIONS = (
     "videos", "agreement", "figures", "layers", "training", "flops", "origins", "commands",
 )  # fmt: skip
-VOID = {"meta"}
+FACTS = {
+    "num_steps": 180, "target": 3, "num_layers": 12,
+    "marks": [[20, "maps fitted"], [120, "rounded"]],
+    "flops_saved_a_layer": 0.011, "attention_saved_a_layer": 0.08,
+}  # fmt: skip
+VOID = {"meta", "img"}
 
 
 def made_up_metrics(prompts, names=NAMES):
@@ -124,6 +130,7 @@ def workdir(tmp_path):
             (folder.parent / "state" / "transfer").mkdir(parents=True)
             text = "".join(json.dumps(line) + "\n" for line in log)
             (folder.parent / "state" / "transfer" / "metrics.jsonl").write_text(text)
+            loop.write_json(folder.parent / "state" / "transfer" / "facts.json", FACTS)
         return folder.parent
 
     return make
@@ -221,6 +228,35 @@ def test_curves_of_every_figure_in_the_log(workdir):
     for key in ("loss", "adm", "anchor", "constraint", "regulariser", "alpha", "gradient_norm"):
         assert f"{key} over the steps" in labels
     assert "attention_errors of each layer over the steps" in labels
+
+
+@pytest.mark.parametrize("steps", [1, 20, 90])
+def test_a_run_that_trains_can_be_looked_at(tmp_path, steps):
+    """No evaluation is there: the page shows how far it is, and asks to be loaded again."""
+    state = tmp_path / "state" / "transfer"
+    (state / "samples").mkdir(parents=True)
+    log = [line | {"seconds_per_step": 2.5, "mixed_layers": 5, "forwards": 5.0} for line in
+           made_up_log(steps)]  # fmt: skip
+    (state / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    loop.write_json(state / "facts.json", FACTS | {"num_steps": 3000})
+    loop.write_json(tmp_path / "config.json", {"transfer": {"target": 3, "best": "<b>"}})
+    for step in (40, 80):
+        sheet = monitoring.contact_sheet([np.full((2, 4, 30, 50, 3), 99, np.uint8)] * 2)
+        assert sheet.shape == (2 * 2 * 30 + 6, 4 * 50, 3)
+        picture.Image.fromarray(sheet).save(state / "samples" / f"{step:07d}.webp")
+    text = report.write(tmp_path).read_text()
+    page = Page(text)
+    assert "http-equiv" in page.of("meta")[2]
+    for words in (f"step {steps} of 3,000", f"{round((3000 - steps) * 2.5 / 3600)} h", "5 forwards",
+                  "transfer.best = '<b>'", "step 80", "layers still mixed"):  # fmt: skip
+        assert words in page.text, words
+    assert [section["id"] for section in page.of("section")] == ["training", "samples", "commands"]
+    assert len(page.of("img")) == 2 and len(page.of("image")) == 1
+    if steps == 90:  # three of the scores are below a half
+        assert "3 of 12 layers linear" in page.text and "24% of self-attention's" in page.text
+
+    loop.write_json(state / "facts.json", FACTS | {"num_steps": steps})
+    assert "of training left" not in Page(report.write(tmp_path).read_text()).text
 
 
 def test_teacher_alone(workdir):

@@ -250,7 +250,7 @@ def test_every_objective_trains_is_compiled_once_and_resumes(
     loaded = checkpoints.load(teacher)
     wan_config = training.student_config(loaded.wan_config)
     settings = config.transfer.copy_and_resolve_references()
-    settings.update(objective=objective, score_updates=2, rollout_steps=2, remat=False)
+    settings.update(objective=objective, score_updates=2, rollout_steps=2, remat="none")
     recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
     data = transfer.on_device(collect.read(trained))
     state = training.initial_state(settings, wan_config, loaded.transformer)
@@ -336,7 +336,7 @@ def test_the_learned_selection_is_written(trained):
 def test_profile_measures_every_range_and_resumes(config, trained, tmp_path, monkeypatch):
     (tmp_path / "pairs").symlink_to(trained / "pairs")
     own = config.copy_and_resolve_references()
-    own.transfer.update(warmup_steps=0, remat=False)
+    own.transfer.update(warmup_steps=0, remat="none")
     own.profile.update(width=2, num_steps=4, num_validation=2, num_prompts=2)
     sampled = []
 

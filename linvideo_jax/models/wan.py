@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from linvideo_jax.models.module import Params
+from linvideo_jax.models.remat import rematerialised
 from linvideo_jax.models.rotary import rotary_table
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.models.wan_layers import (
@@ -70,7 +71,7 @@ class WanTransformer(nnx.Module):
         r: Float[Array, "layers"] | None = None,
         mode: Int[Array, "layers"] | None = None,
         dtype: jnp.dtype = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
     ) -> Float[Array, "batch frames height width out_channels"]:
         """The velocity at (latents, timestep), float32.
 
@@ -81,7 +82,7 @@ class WanTransformer(nnx.Module):
         mode: SOFTMAX, LINEAR or MIX for each layer (None: all softmax); r weighs softmax in MIX.
         dtype: of the matrix products; the time embedding, norms, modulation, softmax, residual
         stream and output head are in float32 as in the original.
-        remat: the backward pass keeps only the products with weights and recomputes the rest.
+        remat: what the backward pass keeps (`remat.POLICIES`).
 
         Raises: ValueError if the latents do not divide into patches, or if modes are given to a
         model without a feature map.
@@ -95,9 +96,7 @@ class WanTransformer(nnx.Module):
             params, r, mode = inputs
             return block(params, x, r, mode), None
 
-        if remat:
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        layer = rematerialised(layer, remat)
         r = jnp.ones(config.num_layers) if r is None else r
         mode = None if mode is None else jnp.asarray(mode, jnp.int32)
         x, _ = jax.lax.scan(layer, x, (layers, r, mode))

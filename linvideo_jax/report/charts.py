@@ -1,11 +1,14 @@
 """Small inline SVG charts; their colours are classes of the page's style and follow its theme."""
 
+import base64
 import html
+import io
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 10, 24
 
@@ -76,6 +79,38 @@ def lines(
             f"<title>{html.escape(curve.name)}</title></path>"
         )
     return _svg(width, height, title, parts, classes)
+
+
+def heatmap(
+    rows: Sequence[Sequence[float]], x_range: tuple[float, float], title: str, height: int = 0
+) -> str:
+    """Values in [0, 1] as a picture, a row each: green at 0, grey at 1; numbered from 0."""
+    low, high = np.array([11, 122, 111]), np.array([214, 217, 219])
+    values = np.clip(np.array(rows), 0, 1)[..., None]
+    pixels = (low + (high - low) * values).round().astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="png", optimize=True)
+    width, height = 1040, height or max(80, min(16 * len(rows), 480)) + _BOTTOM
+    inner = width - _LEFT - _RIGHT, height - _BOTTOM
+    data = base64.b64encode(file.getvalue()).decode()
+    parts = [
+        f'<image x="{_LEFT}" y="0" width="{inner[0]}" height="{inner[1]}" '
+        f'preserveAspectRatio="none" style="image-rendering:pixelated" '
+        f'href="data:image/png;base64,{data}"/>'
+    ]
+    for row in _even(0, max(len(rows) - 1, 1), min(len(rows), 8)):
+        if row == int(row) and row < len(rows):
+            y = (row + 0.5) / len(rows) * inner[1]
+            parts.append(
+                f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{row:g}</text>'
+            )
+    first, last = x_range
+    for tick in _even(first, max(last, first + 1), 8):
+        x = _LEFT + (tick - first) / max(last - first, 1) * inner[0]
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - 7}" text-anchor="middle">{_number(tick)}</text>'
+        )
+    return _svg(width, height, title, parts, "")
 
 
 def intervals(

@@ -13,9 +13,16 @@ from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import WanConfig
 from linvideo_jax.report import training
 from linvideo_jax.report.charts import intervals
-from linvideo_jax.report.style import CSS
+from linvideo_jax.report.document import cards, document, section, values
 
 Metrics = dict[str, Any]
+
+_UNJUDGED = (
+    " PSNR and SSIM are to the teacher's video of the same noise. Smoothness is 1 / (1 + mean "
+    "change of motion in px), dynamic degree VBench's rule, both by block matching and so not "
+    "comparable with VBench's own. All videos are in evaluate/vbench under the names that VBench "
+    "looks for."
+)
 
 ATTRIBUTES = ("all", "digit", "colour", "direction", "speed", "bounce", "background")
 # Wan2.1's two sizes of the paper, for the operations that the same share of layers saves there.
@@ -30,27 +37,32 @@ WAN_SIZES = (
 
 
 def build(
-    metrics: Metrics, log: Sequence[dict[str, Any]], clips: Mapping[str, bytes], workdir: Path
+    metrics: Metrics,
+    log: Sequence[dict[str, Any]],
+    facts: Mapping[str, Any],
+    samples: Sequence[tuple[int, bytes]],
+    clips: Mapping[str, bytes],
+    workdir: Path,
 ) -> str:
-    """The whole page. log: lines of the transfer's metrics file; clips: mp4 files by their path."""
+    """The whole page of an evaluated run.
+
+    log: lines of the transfer's metrics file; facts, samples: as `training.section` takes them;
+    clips: mp4 files by their path.
+    """
     trained = any(entry["trained_here"] for entry in metrics["contenders"].values())
+    linear = metrics["contenders"].get(STUDENT, {}).get("linear_layers", ())
     sections = [
         _head(metrics),
         _videos(metrics, clips),
         _agreement(metrics),
         _table(metrics),
         _layers(metrics),
-        training.section(log, metrics) if log and trained else "",
+        training.section(log, facts, linear, samples) if log and trained else "",
         _operations(metrics),
         _origins(metrics, log if trained else []),
         _commands(metrics, workdir, trained),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(_title(metrics))}</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return document(_title(metrics), sections)
 
 
 def title_of(name: str) -> str:
@@ -92,13 +104,21 @@ def _head(metrics):
     made, students = metrics["made"], _students(metrics)
     count = metrics["contenders"][TEACHER]["num_videos"]
     own = made["config"]["evaluate"]
+    judged = ", and judged by a classifier of moving digits" if _judged(metrics) else ""
     lead = (
         f"{own['num_prompts']} prompts, sampled by every model from the same noise ({count} videos "
-        "each), and judged by a classifier of moving digits."
+        f"each){judged}."
     )
-    facts = [(_percent(metrics["contenders"][TEACHER]), "of the teacher's videos are all right")]
+    facts = []
+    if judged:
+        rate = _percent(metrics["contenders"][TEACHER])
+        facts.append((rate, "of the teacher's videos are all right"))
     for name, entry in students.items():
-        facts.append((_percent(entry), f"{title_of(name)}: {_linear(entry)} linear"))
+        what = f"{title_of(name)}: {_linear(entry)} linear"
+        if not judged:
+            facts.append((f"{entry['psnr']:.1f} dB", f"{what}, PSNR to the teacher's videos"))
+            continue
+        facts.append((_percent(entry), what))
         gap = metrics["students"].get(name)
         if gap and gap["gap_closed"] is not None:
             low, high = gap["interval"]
@@ -109,22 +129,18 @@ def _head(metrics):
                     f"({low:.0%} to {high:.0%})",
                 )
             )
-    cards = "".join(
-        f'<div class="fact"><b>{value}</b><span>{html.escape(what)}</span></div>'
-        for value, what in facts
-    )
     return (
         f"<header><h1>{html.escape(_title(metrics))}</h1>"
-        f'<p class="lead">{html.escape(lead)}</p></header><div class="facts">{cards}</div>\n'
+        f'<p class="lead">{html.escape(lead)}</p></header>{cards(facts)}'
     )
+
+
+def _judged(metrics):
+    return bool(metrics["contenders"][TEACHER]["agreement"])
 
 
 def _percent(entry):
     return f"{entry['agreement']['all']['rate']:.0%}"
-
-
-def _section(name, heading, *parts):
-    return f'<section id="{name}"><h2>{heading}</h2>{"".join(parts)}</section>\n'
 
 
 def _videos(metrics, clips):
@@ -149,15 +165,21 @@ def _videos(metrics, clips):
             f'<div class="clip"><p>{html.escape(shown["prompt"])}</p>'
             f'<div class="row" style="--n:{len(figures)}">{"".join(figures)}</div></div>'
         )
-    note = (
-        f"<p>The first {len(rows)} prompts of the list, not picked, each from one noise. "
+    read = (
         "Under a video stands what the classifier read in it; "
-        '<span class="wrong">struck</span> is what the prompt does not say.</p>'
+        '<span class="wrong">struck</span> is what the prompt does not say.'
+        if _judged(metrics)
+        else ""
     )
-    return _section("videos", "Side by side, from the same noise", note, *rows)
+    note = (
+        f"<p>The first {len(rows)} prompts of the list, not picked, each from one noise. {read}</p>"
+    )
+    return section("videos", "Side by side, from the same noise", note, *rows)
 
 
 def _agreement(metrics):
+    if not _judged(metrics):
+        return ""
     rows = []
     for name, entry in metrics["contenders"].items():
         figure = entry["agreement"]["all"]
@@ -179,7 +201,7 @@ def _agreement(metrics):
         f"<p>{html.escape(closed(name, student))}{_per_seed(student)}.</p>"
         for name, student in metrics["students"].items()
     )
-    return _section("agreement", "What the prompt asked for", note, charts, lines)
+    return section("agreement", "What the prompt asked for", note, charts, lines)
 
 
 def _per_seed(student):
@@ -194,9 +216,12 @@ def _per_seed(student):
 
 def _table(metrics):
     entries = metrics["contenders"]
-    columns = [(name, _share(name)) for name in ATTRIBUTES]
+    judged = _judged(metrics)
+    columns = [(name, _share(name)) for name in ATTRIBUTES] if judged else []
     columns.append(("distance of latents", _figure("distance_latents")))
     for key, name in (
+        ("psnr", "PSNR, dB"),
+        ("ssim", "SSIM"),
         ("distance_video", "distance of pixels"),
         ("frechet", "Frechet distance"),
         ("motion.shape_correlation", "shape correlation"),
@@ -222,16 +247,17 @@ def _table(metrics):
         rest = "<td></td>" * (len(columns) - len(ATTRIBUTES))
         body += f"<tr><td>Classifier<small>on real clips</small></td>{cells}{rest}</tr>"
     made = metrics["made"]
+    agreed = "Agreement in percent, with 95% intervals. " if judged else ""
     note = (
-        "<p>Agreement in percent, with 95% intervals. Distances are root mean squares to the "
+        f"<p>{agreed}Distances are root mean squares to the "
         "teacher's sample of the same noise. Seconds are those of sampling (the median batch) on "
-        f"{html.escape(_machine(made))}.</p>"
+        f"{html.escape(_machine(made))}.{'' if judged else _UNJUDGED}</p>"
     )
     table = (
         f'<div class="scroll"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-    return _section("figures", "Figures", note, table)
+    return section("figures", "Figures", note, table)
 
 
 def _share(name):
@@ -269,7 +295,7 @@ def _layers(metrics):
         parts = ["<p>None: there is no student here.</p>"]
     else:
         parts.append('<p class="note">From the input on the left; layer 0 is the first.</p>')
-    return _section("layers", "Which layers became linear", *parts)
+    return section("layers", "Which layers became linear", *parts)
 
 
 def _operations(metrics):
@@ -309,7 +335,7 @@ def _operations(metrics):
         '<th scope="col">TFLOP a forward</th><th scope="col">saved</th><th></th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-    return _section("flops", "FLOPs saved", note, table)
+    return section("flops", "FLOPs saved", note, table)
 
 
 def _tera(count):
@@ -326,9 +352,12 @@ def _origins(metrics, log):
     elsewhere = [
         f"The teacher's weights ({entries[TEACHER]['source']}): trained before; docs/results.md "
         "says how.",
-        f"The classifier ({config['evaluate']['classifier']}) and its own figures on real clips: "
-        "trained and validated before; docs/results.md says how.",
     ]
+    if _judged(metrics):
+        elsewhere.append(
+            f"The classifier ({config['evaluate']['classifier']}) and its own figures on real "
+            "clips: trained and validated before; docs/results.md says how."
+        )
     for name, entry in _students(metrics).items():
         if entry["trained_here"]:
             updates = f": {log[-1]['step']:,} updates" if log else ""
@@ -350,7 +379,7 @@ def _origins(metrics, log):
         return f"<div><h3>{heading}</h3><ul>{items}</ul></div>"
 
     boxes = listed("Made by this run", here) + listed("Not made by this run", elsewhere)
-    return _section("origins", "What was made here", f'<div class="where">{boxes}</div>')
+    return section("origins", "What was made here", f'<div class="where">{boxes}</div>')
 
 
 def _commands(metrics, workdir, trained):
@@ -373,20 +402,10 @@ def _commands(metrics, workdir, trained):
         f"{settings['width']}; read from {own['reads']}.</p>"
     )
     blocks = f"<pre>{html.escape(chr(10).join(commands))}</pre>"
-    values = "\n".join(_flat(made["config"]))
-    return _section(
+    return section(
         "commands",
         "Commands",
         note,
         blocks,
-        f"<details><summary>The whole configuration</summary><pre>{html.escape(values)}</pre>"
-        "</details>",
+        f"<details><summary>The whole configuration</summary>{values(made['config'])}</details>",
     )
-
-
-def _flat(values, prefix=""):
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key} = {value!r}"

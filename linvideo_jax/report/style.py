@@ -42,6 +42,7 @@ pre {
 figure { margin: 0; }
 video { width: 100%; display: block; border-radius: 8px; background: var(--field); }
 figcaption { font-size: 13px; line-height: 1.4; margin-top: 6px; }
+.sheet { margin: 0 0 18px; } .sheet img { max-width: 100%; display: block; border-radius: 8px; }
 figcaption b { color: var(--ink); font-weight: 600; display: block; }
 .wrong { color: var(--wrong); text-decoration: line-through; }
 .scroll { overflow-x: auto; }

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+from linvideo_jax import workdirs
 from linvideo_jax.errors import UserError
 
 STAGES = ("pretrain", "collect", "profile", "transfer", "distill", "evaluate")
@@ -13,5 +14,6 @@ def run(config, workdir: Path) -> None:
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"stages names {', '.join(unknown)}; known are {', '.join(STAGES)}.")
-    for stage in config.stages:
-        importlib.import_module(f"linvideo_jax.stages.{stage}").run(config, Path(workdir))
+    with workdirs.claimed(workdir, config):
+        for stage in config.stages:
+            importlib.import_module(f"linvideo_jax.stages.{stage}").run(config, Path(workdir))

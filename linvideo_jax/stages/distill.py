@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from linvideo_jax import checkpoints, loop, optimizers, video
+from linvideo_jax import checkpoints, loop, optimizers
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
 from linvideo_jax.pipeline import Pipeline, Settings, overridden
-from linvideo_jax.stages import transfer
+from linvideo_jax.stages import monitoring, transfer
 from linvideo_jax.text import text_bucket
 from linvideo_jax.transfer import distill_training, distillation, scores, selection, training
 from linvideo_jax.transfer.distill_training import Knobs, Recipe, Texts
@@ -65,19 +65,29 @@ def run(config, workdir: Path) -> None:
             )
         texts = prompts.draw(config.seed, 2 * step)
         state, more = distill_training.update_fake_score(recipe, state, texts, knobs, critic)
-        if settings.samples and (step + 1) % settings.sample_every == 0:
-            shown = as_checkpoint(student, recipe, state)
-            show(workdir / "samples", shown, prompts.first(settings.samples), sampling, step + 1)
         return state, metrics | more
 
+    folder = workdir / "state" / "distill"
+    events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
+    if settings.sample_every:
+        shown = (wan_config, config.evaluate, settings.sample_prompts, config.dtype)
+        event = monitoring.Samples(folder, teacher, *shown, sampling=sampling, weights="ema")
+        events.insert(0, (settings.sample_every, event))
+    marks = [[settings.round_at, "rounded"]] if settings.one_stage else []
+    facts = {"num_steps": settings.num_steps, "marks": marks}
+    loop.write_json(folder / monitoring.FACTS, facts)
     state = loop.run(
         "distill",
         step_of_run,
         distill_training.initial_state(recipe, params, fake, r, mode),
         num_steps=settings.num_steps,
-        folder=workdir / "state" / "distill",
+        folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
+        keep=settings.keep,
+        guard=loop.Guard("loss", settings.divergence_factor, settings.divergence_steps),
+        events=events,
+        profile_at=settings.profile_at,
     )
     save(workdir / "final", as_checkpoint(student, recipe, state), sampling)
 
@@ -157,10 +167,6 @@ class Prompts:
         longest = max(len(self._texts[prompt]) for prompt in (*self._prompts, negative))
         self._tokens = text_bucket(longest)
 
-    def first(self, count: int) -> list[str]:
-        """The first prompts of the file."""
-        return self._prompts[:count]
-
     def draw(self, seed: int, number: int) -> Texts:
         """The texts of batch `number`; the same on every host."""
         rows = np.random.default_rng([seed, number]).integers(
@@ -226,22 +232,6 @@ def as_checkpoint(student: checkpoints.Checkpoint, recipe: Recipe, state) -> che
         wan_config=recipe.student,
         transformer=state["ema"],
     )
-
-
-def show(
-    folder: Path,
-    generator: checkpoints.Checkpoint,
-    prompts: list[str],
-    sampling: Settings,
-    step: int,
-) -> None:
-    """mp4 files `STEP-NUMBER.mp4` of the prompts, from the same noise at every step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    pipeline = Pipeline(generator)
-    latents = pipeline.latents(prompts, list(range(len(prompts))), sampling, len(prompts))
-    for i, one in enumerate(latents):
-        video.write_mp4(folder / f"{step:06d}-{i:02d}.mp4", pipeline.decode(one[None])[0])
 
 
 def save(folder: Path, generator: checkpoints.Checkpoint, sampling: Settings) -> None:

@@ -1,6 +1,9 @@
 """Stage evaluate: teacher and students from the same prompts and noise, measured and shown.
 
 Writes `workdir/evaluate/metrics.json`, mp4 files of the first videos, and `workdir/report.html`.
+Moving digits are judged by a classifier. Without one (`evaluate.classifier` is empty), as for real
+Wan, videos are compared with the teacher's, their motion is measured, and all of them are written
+to `workdir/evaluate/vbench/NAME` under the names that VBench looks for.
 """
 
 import functools
@@ -42,20 +45,28 @@ def run(config, workdir: Path) -> None:
     if own.reads not in READS:
         raise UserError(f"evaluate.reads is {own.reads!r}: choose one of {', '.join(READS)}.")
     prompts = chosen_prompts(own)
-    said = evaluation.said_by(prompts)
-    judge = classifier.load(own.classifier, own.reads)
+    judge, said = None, None
+    if own.classifier:
+        said, judge = evaluation.said_by(prompts), classifier.load(own.classifier, own.reads)
+    else:
+        check_unjudged(own.reads, prompts)
     teacher = checkpoints.load(config.checkpoint)
     settings = sampling_settings(own, teacher)
     field = evaluation.contenders(teacher, workdir, own.others, own.get("others_before", True))
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
     videos, columns = {}, {}
-    for seed in own.seeds:
+    for sample, seed in enumerate(own.seeds):
         # The teacher's pixels of a seed are compared with everyone's.
         pixels = _remember_one(decode) if own.reads == "pixels" else None
         for one in field:
             made = evaluation.sample(one, prompts, seed, settings, own.batch_size, folder)
             videos[one.name, seed] = made
+            if judge is None:
+                columns[one.name, seed] = evaluation.compare(
+                    one.name, prompts, sample, made, videos[TEACHER, seed], decode, folder
+                )
+                continue
             columns[one.name, seed] = evaluation.remembered(
                 folder / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
                 evaluation.fingerprint(
@@ -66,7 +77,7 @@ def run(config, workdir: Path) -> None:
                 ),
             )
     real = None
-    if own.reads == "pixels":
+    if judge and own.reads == "pixels":
         count = len(prompts) * len(own.seeds)
         mark = evaluation.fingerprint(judge.validation, count, own.num_frames)
         make = functools.partial(evaluation.real_features, judge, count, own.num_frames)
@@ -74,7 +85,7 @@ def run(config, workdir: Path) -> None:
 
     metrics = {
         "made": made_by(config, settings, field[0]),
-        "ceiling": ceiling(judge, own.reads, own.num_frames),
+        "ceiling": ceiling(judge, own.reads, own.num_frames) if judge else None,
         "contenders": {
             one.name: summary(one, own.seeds, videos, columns, settings, prompts, real)
             for one in field
@@ -82,7 +93,7 @@ def run(config, workdir: Path) -> None:
         "students": {
             one.name: gap(one.name, own.seeds, columns)
             for one in field
-            if (before_name(one.name), own.seeds[0]) in columns
+            if judge and (before_name(one.name), own.seeds[0]) in columns
         },
         "shown": show(field, own, prompts, said, videos, columns, decode, folder),
     }
@@ -90,6 +101,21 @@ def run(config, workdir: Path) -> None:
     report.write(workdir)
     print(report.text(metrics))
     print(f"{workdir / 'report.html'} shows it; all figures are in {folder / 'metrics.json'}")
+
+
+def check_unjudged(reads: str, prompts: list[str]) -> None:
+    """UserError for what cannot be measured without a classifier."""
+    if reads != "pixels":
+        raise UserError(
+            f"evaluate.reads is {reads!r}, but without evaluate.classifier it is videos that are "
+            "compared: choose pixels."
+        )
+    twice = [prompt for prompt in dict.fromkeys(prompts) if prompts.count(prompt) > 1]
+    if twice:
+        raise UserError(
+            f"the prompt {twice[0]!r} is there twice, and VBench's names are the prompts: remove "
+            "one of them from evaluate.prompts."
+        )
 
 
 def chosen_prompts(own) -> list[str]:
@@ -172,7 +198,7 @@ def summary(
         "trained_here": one.trained_here,
         "linear_layers": list(layers),
         "num_layers": config.num_layers,
-        "num_videos": len(right["all"]),
+        "num_videos": len(pooled["distance_latents"]),
         "agreement": {
             name: {"rate": float(np.mean(values)), "interval": agreement.wilson(values)}
             for name, values in right.items()
@@ -190,12 +216,13 @@ def summary(
             np.median([videos[one.name, seed].seconds_per_video for seed in seeds])
         ),
     }
-    if real is not None:
+    if "distance_video" in pooled:
         result["distance_video"] = float(pooled["distance_video"].mean())
         for name, values in pooled.items():
-            if name.startswith(("motion.", "quality.")):
+            if name.startswith(("motion.", "quality.", "psnr", "ssim")):
                 found = values[np.isfinite(values)]
                 result[name] = float(found.mean()) if len(found) else None
+    if real is not None:
         result["motion.dynamic_degree"] = quality.dynamic_degree(pooled["motion.speed"])
         enough = len(real) > real.shape[1]  # or the covariance has no full rank
         result["frechet"] = frechet.frechet_distance(pooled["features"], real) if enough else None
@@ -230,7 +257,7 @@ def show(
     field: list[Contender],
     own,
     prompts: list[str],
-    said: Labels,
+    said: Labels | None,
     videos: dict[tuple[str, int], Videos],
     columns: dict[tuple[str, int], Columns],
     decode: Callable,
@@ -247,11 +274,11 @@ def show(
             evaluation.fingerprint(made.fingerprint, count),
             lambda make=make: {"frames": make()},
         )["frames"]
-        seen = evaluation.seen_labels(columns[one.name, seed])
+        seen = evaluation.seen_labels(columns[one.name, seed]) if said else None
         for i, entry in enumerate(shown):
             path = folder / "videos" / f"{i:02d}-{file_stem(one.name)}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
             video.write_mp4(path, frames[i])
-            read = evaluation.describe(said, seen, i)
+            read = evaluation.describe(said, seen, i) if said else []
             entry["videos"][one.name] = {"file": str(path.relative_to(folder)), "read": read}
     return shown

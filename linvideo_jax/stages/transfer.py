@@ -14,9 +14,10 @@ from absl import logging
 
 from linvideo_jax import checkpoints, loop, optimizers
 from linvideo_jax.errors import UserError
+from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
-from linvideo_jax.stages import collect
+from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at
 from linvideo_jax.transfer.samples import Data
@@ -48,6 +49,7 @@ def run(config, workdir: Path) -> None:
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
+    final = final_weights(settings)
     collection = collect.read(workdir)
     wan_config = training.student_config(teacher.wan_config)
     recipe = Recipe.of(settings, wan_config, teacher.wan_config, collection.sampler, config.dtype)
@@ -75,21 +77,37 @@ def run(config, workdir: Path) -> None:
             return training.warmup(recipe, state, data, knobs, key)
         if step == choose_at:
             state = chosen(state, layers, settings, workdir)
-        before = state["mode"]
-        state, metrics = training.update(recipe, state, teacher.transformer, data, knobs, key)
-        if selecting and settings.freeze_steps:
-            log_frozen(before, state["mode"], step + 1)
-        return state, metrics
+        return training.update(recipe, state, teacher.transformer, data, knobs, key)
 
-    initial = training.initial_state(settings, wan_config, teacher.transformer)
+    folder = workdir / "state" / "transfer"
+    events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
+    if settings.freeze_steps:
+        events.append((settings.log_every, monitoring.frozen_layers(choose_at)))
+    if settings.sample_every:
+        samples = (settings.sample_prompts, config.dtype)
+        event = monitoring.Samples(folder, teacher, wan_config, config.evaluate, *samples)
+        events.insert(0, (settings.sample_every, event))
+    tokens = flops.video_tokens(wan_config, data["x"].shape[1:])
+    monitoring.write_facts(folder, settings, wan_config, tokens, data["text"].shape[1])
     state = loop.run(
         "transfer",
         step_of_run,
-        initial | training.objectives_state(recipe, score_params, data),
+        training.initial_state(settings, wan_config, teacher.transformer)
+        | training.objectives_state(recipe, score_params, data),
         num_steps=settings.num_steps,
-        folder=workdir / "state" / "transfer",
+        folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
+        keep=settings.keep,
+        best=settings.best,
+        guard=loop.Guard(
+            settings.objective if settings.objective in ("mse", "own_points") else "anchor",
+            settings.divergence_factor,
+            settings.divergence_steps,
+            fresh_at=(settings.warmup_steps, choose_at),
+        ),
+        events=events,
+        profile_at=settings.profile_at,
     )
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
     checkpoints.save(
@@ -101,13 +119,25 @@ def run(config, workdir: Path) -> None:
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state["params"]),
+        transformer=jax.device_get(state[final]),
         vae=teacher.vae,
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
     )
+
+
+def final_weights(settings) -> str:
+    """Where in the state the student's weights are; UserError for an average that is not kept."""
+    known = {"raw": "params", "ema": "ema"}
+    if settings.final_weights not in known:
+        raise UserError(
+            f"transfer.final_weights is {settings.final_weights!r}: choose one of raw, ema."
+        )
+    if settings.final_weights == "ema" and not settings.ema_decay:
+        raise UserError("transfer.final_weights is 'ema': set transfer.ema_decay above 0, too.")
+    return known[settings.final_weights]
 
 
 def score_network(
@@ -162,10 +192,3 @@ def chosen(state: training.State, layers, settings, workdir: Path) -> training.S
         entry |= told
     loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
     return selection.placed(state, layers)
-
-
-def log_frozen(before: jax.Array, after: jax.Array, step: int) -> None:
-    """A line in the log for every layer that froze at this update."""
-    for layer in np.flatnonzero(np.asarray(before) != np.asarray(after)):
-        kind = "linear" if after[layer] == wan.LINEAR else "softmax"
-        logging.info("layer %d frozen as %s after step %d", layer, kind, step)

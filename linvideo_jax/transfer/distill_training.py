@@ -36,7 +36,7 @@ class Recipe:
     shape: tuple[int, ...]
     dtype: np.dtype
     batch_size: int
-    remat: bool
+    remat: str
     betas: tuple[float, float]
     weight_decay: float
     clip_norm: float
@@ -96,7 +96,8 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     b1, b2 = recipe.betas
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
-        optax.adamw(1.0, b1, b2, weight_decay=recipe.weight_decay),
+        optax.adam(1.0, b1, b2),
+        optimizers.decay_of_matrices(recipe.weight_decay),
     )
 
 
@@ -115,7 +116,7 @@ def initial_state(
     }
 
 
-def generator(recipe: Recipe, params: Params, r, mode, texts: Texts, remat=False) -> Velocity:
+def generator(recipe: Recipe, params: Params, r, mode, texts: Texts, remat="none") -> Velocity:
     """The student's velocity for a batch's prompts."""
     kinds = {} if recipe.student.feature_map is None else {"r": r, "mode": mode}
     return _on(training.network(recipe, recipe.student, params, remat=remat, **kinds), texts)

@@ -12,7 +12,8 @@ a mean over batch and latent elements: that fixed reduction gives lambda (eq. 14
 | dmd | `distribution_matching_at_zero` | 1 score, 1 teacher, the critic's updates; the gradient \
 runs through a rollout |
 
-A critic's update is a student's rollout and a gradient of the score network.
+A critic's update is a student's rollout and a gradient of the score network. `Recipe.forwards` is
+their number.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.models import remat
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.optimizers import OPTIMIZERS
 from linvideo_jax.transfer import scores
 
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
@@ -17,7 +19,10 @@ CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
     "weighting": ("paper", "clipped", "normalised"),
+    "optimizer": OPTIMIZERS,
+    "remat": remat.POLICIES,
 }
+COUNTS = ("batch_size", "accumulate", "score_updates", "rollout_steps")
 
 
 @dataclass(frozen=True)
@@ -35,25 +40,40 @@ class Recipe:
     objective: str
     t_to: str
     weighting: str
+    optimizer: str
+    remat: str
     batch_size: int
-    remat: bool
+    accumulate: int
     clip_norm: float
+    weight_decay: float
     score_updates: int
     rollout_steps: int
 
     @classmethod
     def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
-        """From `config.transfer`; UserError for a choice that is unknown or a count below 1."""
+        """From `config.transfer`; UserError for a choice that is unknown or a count below 1.
+
+        Also for a batch that `accumulate` does not divide, and a remat that this backend lacks.
+        """
         for name, known in CHOICES.items():
             if settings[name] not in known:
                 raise UserError(
                     f"transfer.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
                 )
-        counts = ("batch_size", "score_updates", "rollout_steps")
-        for name in counts:
+        for name in COUNTS:
             if settings[name] < 1:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
-        fields = (*CHOICES, *counts, "remat", "clip_norm")
+        if settings.batch_size % settings.accumulate:
+            raise UserError(
+                f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
+                f"transfer.batch_size, {settings.batch_size}."
+            )
+        if not remat.available(settings.remat):
+            raise UserError(
+                f"transfer.remat is {settings.remat!r}, but this backend has no host memory for "
+                "it: choose full."
+            )
+        fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
         return cls(student, teacher, sampler, np.dtype(dtype), **own)
 
@@ -61,6 +81,17 @@ class Recipe:
     def has_score_network(self) -> bool:
         """Whether the objective trains a network beside the student."""
         return self.objective in WITH_SCORE_NETWORK
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of a network a sample and update, a backward pass counted as two of them.
+
+        What remat computes anew is not counted (objectives.py lists where the forwards are).
+        """
+        gradient = 3 * (self.rollout_steps if self.objective == "dmd" else 1)
+        beside = {"adm": 2, "adm_score": 2, "mse": 0, "own_points": 3, "dmd": 2}[self.objective]
+        critic = self.score_updates * (self.rollout_steps + 3) if self.has_score_network else 0
+        return gradient + beside + critic
 
 
 class Knobs(NamedTuple):
@@ -80,6 +111,8 @@ class Knobs(NamedTuple):
     own_steps: int
     own_share: float
     guidance_scale: float
+    ema_decay: float
+    ema_age: int  # updates that the moving average has seen
 
 
 def knobs_at(
@@ -88,6 +121,10 @@ def knobs_at(
     """The knobs of a step of the run; `selecting`: whether the scores still move."""
     duration = max(settings.round_at - settings.warmup_steps, 1)
     alpha = scores.annealed_alpha((step - settings.warmup_steps) / duration, *settings.alpha)
+    # The average begins anew where the layers are placed: before, they were another model's.
+    begun = settings.warmup_steps
+    if settings.selection == "selective" and not selecting:
+        begun = settings.round_at
     return Knobs(
         learning_rate=learning_rate,
         feature_map_rate=settings.feature_map_rate,
@@ -102,4 +139,6 @@ def knobs_at(
         own_steps=settings.own_steps,
         own_share=settings.own_share,
         guidance_scale=guidance_scale,
+        ema_decay=settings.ema_decay,
+        ema_age=max(step - begun, 0),
     )

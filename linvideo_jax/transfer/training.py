@@ -32,31 +32,35 @@ def _is_map(path: tuple) -> bool:
     return "feature_map" in jax.tree_util.keystr(path)
 
 
-def weights_optimizer(clip_norm: float) -> optax.GradientTransformation:
-    """Muon (matrices) and Adam, of rate 1; Adam for the feature maps."""
+def weights_optimizer(settings) -> optax.GradientTransformation:
+    """The optimiser that `config.transfer` (or a Recipe) names, of rate 1; Adam for the maps."""
 
     def group(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "maps" if _is_map(path) else "weights", params
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.multi_transform(
-            {"weights": optimizers.muon_with_adam(), "maps": MAPS_OPTIMIZER}, group
-        ),
-    )
+    own = {"weights": optimizers.named(settings.optimizer), "maps": MAPS_OPTIMIZER}
+    parts = [optax.clip_by_global_norm(settings.clip_norm), optax.multi_transform(own, group)]
+    if settings.weight_decay:
+        parts.append(optimizers.decay_of_matrices(settings.weight_decay))
+    return optax.chain(*parts)
 
 
 def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> State:
-    """Student = teacher + initial feature maps, every layer mixed with score r_init."""
+    """Student = teacher + initial feature maps, every layer mixed with score r_init.
+
+    "ema", with `settings.ema_decay`: the moving average of the parameters. All is float32 but the
+    modes; the products are in the dtype of the recipe.
+    """
     params = jax.tree.map(jnp.asarray, teacher_params)
     maps = jax.tree.map(jnp.asarray, wan.initial_feature_map(config))
     params["blocks"]["attn1"]["feature_map"] = maps
     layers = config.num_layers
-    return {
+    average = {"ema": jax.tree.map(jnp.array, params)} if settings.ema_decay else {}
+    return average | {
         "params": params,
-        "optimizer": weights_optimizer(settings.clip_norm).init(params),
+        "optimizer": weights_optimizer(settings).init(params),
         "warmup": MAPS_OPTIMIZER.init(maps),
         "r": jnp.full((layers,), settings.r_init, jnp.float32),
         "mode": jnp.full((layers,), wan.MIX, jnp.int32),
@@ -75,7 +79,7 @@ def objectives_state(recipe: Recipe, score_params: Params, data: Data) -> State:
 
 
 def network(
-    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat=False
+    recipe: Recipe, config: wan.WanConfig, params: Params, r=None, mode=None, remat="none"
 ) -> Callable[..., Array]:
     """(x, t, text, text_lengths) -> velocity."""
     model = bind(wan.WanTransformer, config, params)
@@ -149,11 +153,17 @@ def score_network_updates(recipe: Recipe, state: State, data: Data, knobs: Knobs
         )
         noised = samples.noise_and_times(data, batch.x, jax.random.fold_in(key, 3))
 
-        def error(params):
-            velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
-            return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+        def gradient(part):
+            batch, x_0, noised = part
 
-        value, grads = jax.value_and_grad(error)(score["params"])
+            def error(params):
+                velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
+                return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+
+            return jax.value_and_grad(error)(score["params"])
+
+        parts = (batch, x_0, noised), recipe.accumulate
+        value, grads = optimizers.mean_over_parts(gradient, *parts)
         changes, moments = SCORE_OPTIMIZER.update(grads, score["optimizer"])
         params = optimizers.apply(score["params"], changes, knobs.score_learning_rate)
         return {"params": params, "optimizer": moments}, value
@@ -180,11 +190,27 @@ def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, kno
         batch = samples.own_points(batch, points, data, teacher, knobs, keys[1])
         state = state | {"own": points}
 
+    grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
+    state, moved = stepped(recipe, state, grads, knobs)
+    return state, metrics | moved | more | {"forwards": recipe.forwards}
+
+
+def gradients(
+    recipe: Recipe, state: State, teacher_params: Params, batch: Batch, noised, knobs: Knobs
+) -> tuple[State, dict[str, Array]]:
+    """(gradients of "params" and "r", parts of the loss), the batch in `accumulate` parts."""
     trained = {"params": state["params"], "r": state["r"]}
-    grads, metrics = jax.grad(loss, has_aux=True)(
-        trained, recipe, state, teacher_params, batch, noised, knobs
-    )
-    optimizer = weights_optimizer(recipe.clip_norm)
+
+    def of_part(part):
+        arguments = (recipe, state, teacher_params, *part, knobs)
+        return jax.grad(loss, has_aux=True)(trained, *arguments)
+
+    return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
+
+
+def stepped(recipe: Recipe, state: State, grads, knobs: Knobs) -> tuple[State, dict[str, Array]]:
+    """(state, metrics) after the step that the gradient of "params" and "r" asks for."""
+    optimizer = weights_optimizer(recipe)
     changes, moments = optimizer.update(grads["params"], state["optimizer"], state["params"])
     changes = jax.tree_util.tree_map_with_path(
         lambda path, change: knobs.feature_map_rate * change if _is_map(path) else change, changes
@@ -195,15 +221,22 @@ def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, kno
     r, mode, settled = selection.freeze(
         r, state["mode"], state["settled"], knobs.target, knobs.freeze_steps
     )
+    params = optimizers.apply(state["params"], changes, knobs.learning_rate)
     new = state | {
-        "params": optimizers.apply(state["params"], changes, knobs.learning_rate),
+        "params": params,
         "optimizer": moments,
         "r": r,
         "mode": mode,
         "settled": settled,
     }
-    metrics |= {"r": r, "mixed_layers": jnp.sum(mode == wan.MIX)} | more
-    return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
+    if "ema" in state:
+        average = optimizers.moving_average(state["ema"], params, knobs.ema_decay, knobs.ema_age)
+        new["ema"] = average
+    return new, {
+        "r": r,
+        "mixed_layers": jnp.sum(mode == wan.MIX),
+        "gradient_norm": optax.tree.norm(grads["params"]),
+    }
 
 
 def warmup_schedule(settings) -> optax.Schedule:

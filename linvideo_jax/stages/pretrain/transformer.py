@@ -102,8 +102,7 @@ def make_update(settings, sizes, optimizer, batch_size: int):
         value, grads = jax.value_and_grad(loss)(state["params"], data, key)
         changes, moments = optimizer.update(grads, state["optimizer"], state["params"])
         params = optimizers.apply(state["params"], changes, learning_rate)
-        decay = jnp.minimum(settings.ema_decay, (1.0 + step) / (10.0 + step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
+        ema = optimizers.moving_average(state["ema"], params, settings.ema_decay, step)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(grads)}
         return {"params": params, "ema": ema, "optimizer": moments}, metrics
 

@@ -1,0 +1,165 @@
+"""What a training stage does beside its steps: frozen layers, samples on the way, the report."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+from PIL import Image
+
+from linvideo_jax import evaluation, folders, loop, report, video
+from linvideo_jax.data import prompts as prompt_files
+from linvideo_jax.metrics import flops
+from linvideo_jax.models.wan import LINEAR, MIX
+from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.pipeline import Pipeline, Settings
+
+FACTS, SAMPLES = "facts.json", "samples"
+FRAMES_SHOWN = 4
+LARGEST_SIDE = 240  # px of a frame in a contact sheet
+
+
+def write_facts(folder: Path, settings, config: WanConfig, tokens: int, text_tokens: int) -> None:
+    """What the report needs to draw a run that is not finished, in `folder/facts.json`.
+
+    Shares of FLOPs are of one forward, for each linear layer: of all, and of self-attention.
+    """
+    softmax = flops.softmax_attention(config, tokens)
+    one_less = softmax - flops.linear_attention(config, tokens)
+    facts = {
+        "num_steps": settings.num_steps,
+        "target": settings.target,
+        "num_layers": config.num_layers,
+        "marks": [[settings.warmup_steps, "maps fitted"], [settings.round_at, "rounded"]],
+        "flops_saved_a_layer": flops.saved(config, tokens, (0,), text_tokens),
+        "attention_saved_a_layer": one_less / softmax / config.num_layers,
+    }
+    loop.write_json(folder / FACTS, facts)
+
+
+def report_every(seconds: float, workdir: Path) -> Callable[[int, Any], None]:
+    """An event that writes WORKDIR/report.html, the first time and when so many seconds went by."""
+    last = -float("inf")
+
+    def write(step: int, state: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            report.write(workdir)
+            last = time.monotonic()
+
+    return write
+
+
+def frozen_layers(until: int) -> Callable[[int, Any], None]:
+    """An event that logs the layers that froze since the last time, up to step `until`."""
+    before = None
+
+    def log(step: int, state: Any) -> None:
+        nonlocal before
+        if step > until:
+            return
+        mode = np.asarray(state["mode"])
+        known = before if before is not None else np.full_like(mode, MIX)
+        for layer in np.flatnonzero((known == MIX) & (mode != MIX)):
+            kind = "linear" if mode[layer] == LINEAR else "softmax"
+            logging.info("layer %d frozen as %s by step %d", layer, kind, step)
+        before = mode
+
+    return log
+
+
+class Samples:
+    """An event that samples the student as it is, mixed layers mixed, beside the teacher.
+
+    Both start from the same noise: seed i for prompt i. A contact sheet for each time, the
+    teacher's frames above the student's, is in `folder/samples/STEP.webp`.
+
+    Args:
+      folder: of the stage's state.
+      teacher: the checkpoint; its text encoder and VAE serve both.
+      student: sizes of the student.
+      own: `config.evaluate`, of which the prompts and the size of the videos are taken.
+      count: how many prompts.
+      dtype: of the matrix products.
+      sampling: how the student is sampled, if not as the teacher is.
+      weights: where in the state the student's are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher,
+        student: WanConfig,
+        own,
+        count: int,
+        dtype,
+        sampling: Settings | None = None,
+        weights: str = "params",
+    ):
+        self._folder, self._teacher, self._student = folder / SAMPLES, teacher, student
+        self._prompts = prompt_files.read(own.prompts)[:count]
+        size = {"height": own.height, "width": own.width, "num_frames": own.num_frames}
+        self._settings = Settings.of(teacher, **size, **own.sampling)
+        self._sampling, self._weights = sampling or self._settings, weights
+        self._dtype = dtype
+        self._pipeline = Pipeline(teacher, dtype)
+        self._pipeline.latent_shape(self._settings)  # a wrong size is told before training
+
+    def __call__(self, step: int, state: Any) -> None:
+        path = self._folder / f"{step:07d}.webp"
+        if path.exists():
+            return
+        student = replace(
+            self._teacher,
+            transformer=state[self._weights],
+            wan_config=self._student,
+            config={**self._teacher.config, "linear_layers": []},
+        )
+        ours = Pipeline(student, self._dtype)
+        ours.texts = self._pipeline.texts
+        if self._student.feature_map is not None:
+            ours.mode, ours.r = state["mode"], state["r"]
+        frames = self._frames(ours, self._sampling)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet([self._teachers(), frames])
+        with folders.replacing(path) as temporary:
+            Image.fromarray(sheet).save(temporary, format="webp", quality=80)
+
+    def _teachers(self) -> UInt8[np.ndarray, "videos frames height width 3"]:
+        mark = evaluation.fingerprint(self._prompts, repr(self._settings))
+        path = self._folder / "teacher.safetensors"
+        make = lambda: {"frames": self._frames(self._pipeline, self._settings)}  # noqa: E731
+        return evaluation.remembered(path, mark, make)["frames"]
+
+    def _frames(
+        self, pipeline: Pipeline, settings: Settings
+    ) -> UInt8[np.ndarray, "videos frames height width 3"]:
+        """A few frames of each video, one video at a time on the device."""
+        found = []
+        for seed, prompt in enumerate(self._prompts):
+            latents = pipeline.latents([prompt], [seed], settings, 1)
+            clip = self._pipeline.decode(latents)[0]
+            found.append(clip[video.spread(len(clip), FRAMES_SHOWN)])
+        return np.stack(found)
+
+
+def contact_sheet(
+    rows: list[UInt8[np.ndarray, "videos frames height width 3"]],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The frames of every video side by side, its rows under each other, small."""
+    height, width = rows[0].shape[2:4]
+    scale = min(1.0, LARGEST_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+
+    def strip(clip):
+        small = [np.asarray(Image.fromarray(frame).resize(size)) for frame in clip]
+        return np.concatenate(small, axis=1)
+
+    videos = [np.stack([strip(row[i]) for row in rows]) for i in range(len(rows[0]))]
+    gap = np.full((6, *videos[0].shape[2:]), 255, np.uint8)
+    parts = [part for clip in videos for part in (*clip, gap)]
+    return np.concatenate(parts[:-1])
