@@ -12,7 +12,7 @@ import pytest
 
 import sample
 from convert import from_torch, to_torch
-from linvideo_jax import checkpoints, evaluation, loop
+from linvideo_jax import checkpoints, evaluation, loop, report
 from linvideo_jax.errors import UserError
 from linvideo_jax.models.module import shapes
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanTransformer
@@ -69,8 +69,10 @@ def config(ours, linear, tmp_path_factory):
         save_every=2,
         log_every=2,
         sample_prompts=1,
-        sample_every=0,
+        sample_every=STEPS,
     )
+    size = {"height": 32, "width": 48, "num_frames": 5}
+    config.evaluate.update(prompts=str(prompts), **size)
     return config
 
 
@@ -104,6 +106,15 @@ def test_both_networks_are_trained_and_linear_layers_stay_linear(config, trained
     assert moved["blocks"]["attn1"]["feature_map"]["q"] > 1e-6
     assert moved["proj_out"]["kernel"] > 1e-6
     jax.tree.map(np.testing.assert_array_equal, before.text_encoder, after.text_encoder)
+
+
+def test_the_report_has_both_losses_and_samples_on_the_way(trained):
+    assert (trained / "state/distill/samples/0000008.webp").stat().st_size > 100
+    page = report.write(trained).read_text()
+    for words in ("Loss of the generator", "Gradient norm of the fake score", "Seconds a step"):
+        assert words in page
+    assert "Samples on the way" in page and "r is the share of softmax" not in page
+    assert f"{STEPS} updates" in page and " s each (the median)" in page
 
 
 def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, monkeypatch):

@@ -68,9 +68,9 @@ def section(
             panel = _scalar(log, key, lines_only)
         panels.append(_panel(_NAMES.get(key, key), panel))
     parts.append(f'<div class="panels">{"".join(panels)}</div>')
+    heading = "Training: r and losses" if r else "Training: losses"
     return (
-        f'<section id="training"><h2>Training{": r and losses" if r else ""}</h2>{"".join(parts)}</section>\n'
-        f"{_samples(samples)}"
+        f'<section id="training"><h2>{heading}</h2>{"".join(parts)}</section>\n{_samples(samples)}'
     )
 
 
