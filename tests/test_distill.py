@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -66,6 +67,7 @@ def config(ours, linear, tmp_path_factory):
         learning_rate=1e-3,
         fake_learning_rate=1e-3,
         lr_warmup_steps=1,
+        remat="none",
         save_every=2,
         log_every=2,
         sample_prompts=1,
@@ -82,6 +84,19 @@ def changed(config, **values):
     for name, value in values.items():
         (own.distill if name in own.distill else own)[name] = value
     return own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """States begin as restored ones are, committed to a device: else jit compiles for both."""
+    begin = distill_training.initial_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            distill_training,
+            "initial_state",
+            lambda *args: jax.device_put(begin(*args), jax.devices()[0]),
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -245,19 +260,41 @@ def test_export_and_import_keep_how_it_is_sampled(trained, tmp_path):
         assert Settings.of(loaded) == Settings(**kept) and loaded.linear_layers == (1,)
 
 
-def test_a_dense_model_is_distilled_too(config, ours, tmp_path):
+def test_a_dense_model_is_distilled_too(config, ours, tmp_path, monkeypatch):
+    """Traced, with remat, and not compiled."""
     run = changed(config, checkpoint=str(ours), require_selection=False, num_steps=2)
     run.distill.update(sampler="euler", warp_steps=False, denoising_steps=(1000.0, 500.0))
+    run.distill.update(remat="products", sample_every=0)
+    traced = []
+
+    def traced_only(update):
+        def call(recipe, state, *arguments):
+            new, metrics = jax.eval_shape(partial(update, recipe), state, *arguments)
+            same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, new, state)
+            assert jax.tree.all(same) and all(m.shape == () for m in metrics.values())
+            traced.append(update.__name__)
+            return state, {name: jnp.ones(()) for name in metrics}
+
+        return call
+
+    for name in ("update_generator", "update_fake_score"):
+        update = getattr(distill_training, name)
+        monkeypatch.setattr(distill_training, name, traced_only(update))
     distill.run(run, tmp_path)
+    assert traced == ["update_fake_score", "update_generator", "update_fake_score"]
     final = checkpoints.load(tmp_path / "final")
     assert final.linear_layers == () and final.wan_config.feature_map is None
     assert final.sampling["denoising_steps"] == [1000, 500]
     assert (final.sampling["sampler"], final.sampling["flow_shift"]) == ("euler", 1.0)
 
 
-def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path):
+def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        distill_training, "update_fake_score", lambda recipe, state, *rest: (state, {"loss": 1.0})
+    )
     run = changed(config, checkpoint=str(ours), one_stage=True, round_at=4, num_steps=6)
     run.transfer.update(target=1, r_learning_rate=0.05, lambda_=1.0)
+    run.distill.sample_every = 0
     distill.run(run, tmp_path)
     lines = loop.read_metrics(tmp_path / "state" / "distill")
     assert lines[0]["r"] == pytest.approx([0.9, 0.9]) and max(lines[1]["r"]) < 0.9

@@ -17,7 +17,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.flow import solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
-from linvideo_jax.pipeline import Pipeline, Settings, overridden
+from linvideo_jax.pipeline import Pipeline, Settings, check_settings, overridden
 from linvideo_jax.stages import monitoring, transfer
 from linvideo_jax.text import text_bucket
 from linvideo_jax.transfer import distill_training, distillation, scores, selection, training
@@ -99,6 +99,7 @@ def check(settings) -> None:
             f"distill.sampler is {settings.sampler!r}: choose one of "
             f"{', '.join(solvers.FEW_STEP_SAMPLERS)}."
         )
+    check_settings(denoising_steps=settings.denoising_steps)
     distillation.standard_guidance(settings.guidance_scale, settings.guidance_convention)
     if settings.log_every % settings.generator_every:
         raise UserError(
