@@ -176,27 +176,11 @@ def parts(config, student, teacher, **recipe):
     return made, state, texts, distill.knobs_at(config, 0, 2.0, 1.0)
 
 
-def test_gradients_of_the_networks_keep_apart(config, ours, linear):
-    """The generator's loss moves neither teacher nor fake score; the critic not the generator."""
+def test_each_update_moves_its_own_network_alone(config, ours, linear):
+    """That no gradient reaches the others is in test_distillation.py."""
     teacher, student = checkpoints.load(ours), checkpoints.load(linear)
     recipe, state, texts, knobs = parts(config, student, teacher)
     key = jax.random.key(3)
-
-    @jax.jit
-    def gradients(params, teacher_params, fake):
-        def loss(params, teacher_params, fake):
-            own = state | {"fake": {"params": fake}}
-            trained = {"params": params, "r": state["r"]}
-            arguments = (recipe, own, teacher_params, texts, knobs, key)
-            return distill_training.generator_objective(trained, *arguments)[0]
-
-        return jax.grad(loss, argnums=(0, 1, 2))(params, teacher_params, fake)
-
-    def largest(tree):
-        return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
-
-    ours, *theirs = gradients(state["params"], teacher.transformer, state["fake"]["params"])
-    assert largest(ours) > 1e-6 and [largest(tree) for tree in theirs] == [0.0, 0.0]
 
     after, _ = distill_training.update_fake_score(recipe, state, texts, knobs, key)
     for name in ("params", "optimizer", "ema", "r", "mode"):
@@ -238,11 +222,10 @@ def test_a_distilled_model_needs_no_flags(trained, tmp_path, capsys):
 def test_fresh_noise_is_each_videos_own(trained):
     checkpoint = checkpoints.load(trained / "final")
     pipeline, settings = Pipeline(checkpoint), Settings.of(checkpoint)
-    together = pipeline.latents(PROMPTS[:2], [7, 9], settings, 2)
-    other_order = pipeline.latents(PROMPTS[1::-1], [9, 7], settings, 2)
-    np.testing.assert_array_equal(together, other_order[::-1])
-    euler = pipeline.latents(PROMPTS[:2], [7, 9], settings.changed({"sampler": "euler"}), 2)
-    assert np.abs(euler - together).max() > 1e-3
+    first = pipeline.latents(PROMPTS[:2], [7, 9], settings, 1)
+    other_order = pipeline.latents(PROMPTS[1::-1], [9, 7], settings, 1)
+    np.testing.assert_array_equal(first, other_order[::-1])
+    assert np.abs(pipeline.latents(PROMPTS[:1], [8], settings, 1)[0] - first[0]).max() > 0.1
 
 
 def test_export_and_import_keep_how_it_is_sampled(trained, tmp_path):
