@@ -16,9 +16,18 @@ def get_config() -> ConfigDict:
     config.stages = ("collect", "transfer", "evaluate")
 
     config.collect = collect = ConfigDict()
+    # stored: pairs are made before the transfer and kept in `folder`, which runs may share ("": one
+    # of this run's); online: the teacher makes them during it, and nothing is kept.
+    collect.mode = "stored"
+    collect.folder = ""
     collect.num_videos = 4096
-    collect.batch_size = 256
-    collect.negative_prompt = ""
+    collect.batch_size = 256  # videos made at a time, and in a file
+    # Which of the teacher's velocities are stored beside the states: both, cond, none. What a
+    # training needs of them and does not find costs it a forward of the teacher.
+    collect.store_velocity = "both"
+    # Of online: rounds of `batch_size` videos in memory, and how often a pair is trained on.
+    collect.buffer = 4
+    collect.reuse = 1.0
     collect.sampling = ConfigDict()  # of the checkpoint, where nothing is said
 
     config.transfer = transfer = ConfigDict()

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
-from linvideo_jax.models.module import bind
+from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
 from linvideo_jax.models.vae_tiles import decode_tiles
 from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
@@ -228,6 +228,10 @@ class Pipeline:
             cache(partial(mark, checkpoint, "text_encoder")),
             text_folder,
         )
+
+    def transformer(self) -> Params:
+        """The transformer's parameters, on the device."""
+        return self._turns.params("transformer")
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """[frames, height, width, channels] of one video's latents; UserError for a wrong size."""

@@ -223,6 +223,19 @@ def test_events_come_after_their_steps_and_where_a_run_goes_on(tmp_path):
     assert seen[1:] == [(6, 6), (9, 9), (10, 10)]
 
 
+def test_a_signal_cuts_an_event_short(tmp_path):
+    seen = []
+
+    def sampling(step, state):
+        seen.append(step)
+        signal.raise_signal(signal.SIGTERM)
+        seen.append("done")
+
+    with pytest.raises(loop.Interrupted, match="stopped after step 4 of 10"):
+        run(tmp_path, events=[(3, sampling)])
+    assert seen == [3] and saved_steps(tmp_path) == [4]
+
+
 def test_a_full_disk_loses_nothing_good(whole, tmp_path):
     big = {"weights": jnp.zeros(100_000)}
 

@@ -1,9 +1,7 @@
 """Collect and transfer on a tiny random teacher: what is stored, resumed, learned and written."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 from xml.etree import ElementTree
 
 import jax
@@ -12,106 +10,32 @@ import numpy as np
 import pytest
 
 from linvideo_jax import checkpoints, evaluation, loop
-from linvideo_jax.data import captions, trajectories
+from linvideo_jax.data import loader
 from linvideo_jax.errors import UserError
-from linvideo_jax.models.module import bind, shapes
-from linvideo_jax.models.tokenizer_training import build
-from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
-from linvideo_jax.models.vae import VAEConfig, WanVAE
-from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.models.module import shapes
+from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanTransformer
 from linvideo_jax.stages import collect, profile, transfer
-from linvideo_jax.transfer import samples, selection, training
-from linvideo_jax.transfer.recipe import Recipe, knobs_at
+from linvideo_jax.transfer import selection, training
+from linvideo_jax.transfer.recipe import knobs_at
 
 LAYERS, TARGET = 3, 2
-PROMPTS = ("a red 3 moves slowly straight up on a gray background", "a blue 7", "the white two")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """Folder of a random teacher whose VAE has one level, so that 16 px are a latent of 16."""
-    folder = tmp_path_factory.mktemp("teacher")
-    models = {
-        "transformer": WanConfig(
-            num_layers=LAYERS,
-            num_attention_heads=2,
-            attention_head_dim=12,
-            ffn_dim=32,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-        ),
-        "vae": VAEConfig(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=(1, 1),
-            num_res_blocks=1,
-            temperal_downsample=(True,),
-            latents_mean=(0.0,) * 4,
-            latents_std=(1.0,) * 4,
-        ),
-        "text_encoder": UMT5Config(
-            vocab_size=build(captions.vocabulary(), folder / "words"),
-            d_model=16,
-            d_kv=8,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-        ),
-    }
-    classes = {"transformer": WanTransformer, "vae": WanVAE, "text_encoder": UMT5Encoder}
-    rng = np.random.default_rng(0)
-
-    def draw(part):
-        return jax.tree.map(
-            lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype),
-            shapes(classes[part], models[part]),
-        )
-
-    params = {part: draw(part) for part in models}
-    # Queries and keys large enough that attention is far from even.
-    for norm in ("norm_q", "norm_k"):
-        params["transformer"]["blocks"]["attn1"][norm]["scale"] += 2.0
-    sampling = {
-        "num_inference_steps": 3,
-        "guidance_scale": 2.0,
-        "height": 16,
-        "width": 16,
-        "num_frames": 3,
-    }
-    checkpoints.save(
-        folder / "teacher",
-        config=checkpoints.make_config(**models, sampling=sampling),
-        **params,
-        tokenizer=folder / "words",
-    )
-    return folder / "teacher"
+def teacher(tiny_teacher):
+    return tiny_teacher
 
 
 @pytest.fixture(scope="module")
-def config(teacher, tmp_path_factory):
-    """configs/digits.py, cut down to the tiny teacher and a few steps."""
-    path = Path(__file__).parents[1] / "configs" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS) + "\n")
-    config.checkpoint, config.prompts, config.dtype = str(teacher), str(prompts), "float32"
-    config.collect.update(num_videos=6, batch_size=2)
-    config.transfer.update(
-        target=TARGET,
-        num_steps=24,
-        batch_size=4,
-        warmup_steps=6,
-        round_at=16,
-        lr_warmup_steps=2,
-        save_every=4,
-        log_every=1,
-    )
-    return config
+def config(tiny_config):
+    return tiny_config
+
+
+def drawn(config, settings, teacher, workdir):
+    """The recipe of these settings, and samples of the pairs that `workdir` holds."""
+    pairs = collect.opened(config, workdir, teacher, settings.batch_size)
+    recipe = transfer.recipe_of(config, settings, pairs.index, teacher)
+    return recipe, transfer.samples_of(pairs, recipe, settings, config.seed)
 
 
 @pytest.fixture(scope="module")
@@ -121,59 +45,6 @@ def trained(config, tmp_path_factory):
     collect.run(config, workdir)
     transfer.run(config, workdir)
     return workdir
-
-
-def test_pairs_hold_the_teachers_velocities(config, trained, teacher):
-    stored = collect.read(trained)
-    pairs = stored.pairs
-    assert len(pairs.step) == 6 * 3
-    assert sorted(set(pairs.prompt.tolist())) == [0, 1, 2]
-    loaded = checkpoints.load(teacher)
-    model = bind(WanTransformer, loaded.wan_config, loaded.transformer)
-    rows = np.array([1, 7, 16])
-    times = np.floor(1000 * stored.sigmas.astype(np.float32))[pairs.step[rows]]
-    for text, lengths, stored_velocity in (
-        (stored.text[pairs.prompt[rows]], stored.text_lengths[pairs.prompt[rows]], pairs.u_cond),
-        (
-            np.repeat(stored.negative_text, 3, 0),
-            np.repeat(stored.negative_length, 3),
-            pairs.u_neg,
-        ),
-    ):
-        u = model(jnp.asarray(pairs.x[rows], jnp.float32), jnp.asarray(times), text, lengths)
-        wanted = stored_velocity[rows].astype(np.float32)
-        # Pairs are bfloat16: x is rounded before the velocity is taken again here.
-        assert np.linalg.norm(u - wanted) < 0.03 * np.linalg.norm(wanted)
-
-
-def test_first_states_are_the_seeds_noise_and_later_ones_move_by_guidance(trained):
-    pairs = collect.read(trained).pairs
-    sigmas = collect.read(trained).sigmas
-    for seed in set(pairs.seed.tolist()):
-        rows = np.flatnonzero(pairs.seed == seed)
-        rows = rows[np.argsort(pairs.step[rows])]
-        x = pairs.x[rows].astype(np.float32)
-        noise = np.asarray(jax.random.normal(jax.random.key(int(seed)), x.shape[1:]))
-        np.testing.assert_allclose(x[0], noise, atol=0.02)
-        u_cond, u_neg = (v[rows[0]].astype(np.float32) for v in (pairs.u_cond, pairs.u_neg))
-        guided = u_neg + 2.0 * (u_cond - u_neg)
-        # UniPC's first step is of order 1, which for a flow is Euler's.
-        np.testing.assert_allclose(x[1], x[0] + (sigmas[1] - sigmas[0]) * guided, atol=0.05)
-
-
-def test_only_a_missing_shard_is_made_again(config, trained, tmp_path):
-    before = {path.name: path.read_bytes() for path in (trained / "pairs").iterdir()}
-    for name, content in before.items():
-        (tmp_path / "pairs").mkdir(exist_ok=True)
-        (tmp_path / "pairs" / name).write_bytes(content)
-    kept = tmp_path / "pairs" / "pairs-00000.safetensors"
-    stamp = kept.stat().st_mtime_ns
-    trajectories.shard_path(tmp_path / "pairs", 1).unlink()
-    with pytest.raises(UserError, match=r"lacks pairs-00001\.safetensors"):
-        collect.read(tmp_path)
-    collect.run(config, tmp_path)
-    assert kept.stat().st_mtime_ns == stamp
-    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == before
 
 
 def test_training_ends_with_the_target(trained):
@@ -194,12 +65,12 @@ def test_updates_bring_a_linear_student_nearer_to_its_teacher(config, trained, t
     settings = config.transfer
     state = training.initial_state(settings, wan_config, loaded.transformer)
     state = selection.placed(state, range(LAYERS))
-    recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
+    recipe, dataset = drawn(config, settings, loaded, trained)
     knobs = knobs_at(settings, settings.round_at, 3e-3, 2.0, False)
-    data, anchors = transfer.on_device(collect.read(trained)), []
-    for _ in range(40):  # one batch
+    batch, anchors = next(loader.batches(dataset, settings.batch_size, num_threads=0)), []
+    for _ in range(40):
         state, metrics = training.update(
-            recipe, state, loaded.transformer, data, knobs, jax.random.key(0)
+            recipe, state, loaded.transformer, batch, knobs, jax.random.key(0)
         )
         anchors.append(float(metrics["anchor"]))
     assert anchors[-1] < 0.5 * anchors[0], anchors
@@ -230,12 +101,11 @@ def test_warmup_brings_linear_attention_near_softmax(config, trained, teacher):
     loaded = checkpoints.load(teacher)
     wan_config = training.student_config(loaded.wan_config)
     state = training.initial_state(config.transfer, wan_config, loaded.transformer)
-    recipe = Recipe.of(config.transfer, wan_config, loaded.wan_config, "unipc", "float32")
+    recipe, dataset = drawn(config, config.transfer, loaded, trained)
     knobs = knobs_at(config.transfer, 0, 3e-2, 2.0, True)
-    data = transfer.on_device(collect.read(trained))
-    errors = []
-    for _ in range(40):  # one batch
-        state, metrics = training.warmup(recipe, state, data, knobs, jax.random.key(0))
+    batch, errors = next(loader.batches(dataset, recipe.batch_size, num_threads=0)), []
+    for _ in range(40):
+        state, metrics = training.warmup(recipe, state, batch, knobs)
         errors.append(np.asarray(metrics["attention_errors"]))
     assert np.all(errors[-1] < 0.7 * errors[0])
     for name in ("to_q", "to_out"):
@@ -251,24 +121,26 @@ def test_every_objective_trains_is_compiled_once_and_resumes(
     wan_config = training.student_config(loaded.wan_config)
     settings = config.transfer.copy_and_resolve_references()
     settings.update(objective=objective, score_updates=2, rollout_steps=2, remat="none")
-    recipe = Recipe.of(settings, wan_config, loaded.wan_config, "unipc", "float32")
-    data = transfer.on_device(collect.read(trained))
+    recipe, dataset = drawn(config, settings, loaded, trained)
     state = training.initial_state(settings, wan_config, loaded.transformer)
-    state |= training.objectives_state(recipe, loaded.transformer, data)
+    sample = dataset[0]
+    shapes = sample.x.shape, sample.text.shape
+    state |= training.objectives_state(recipe, loaded.transformer, *shapes)
     state = jax.device_put(state, jax.devices()[0])  # as a restored one, or it compiles twice
     gradients = []
 
-    def step(state, i):
+    def step(state, i, batch):
         changes = {"lambda_": 0.01 * (i + 1), "target": i, "beta": 0.5, "freeze_steps": 50 * i}
         changes |= {"own_share": 1.0, "negative_fraction": float(i % 2), "r_learning_rate": 0.1}
         knobs = knobs_at(settings, 8 + i, 1e-3, 2.0, True)._replace(**changes)
         key = jax.random.key(i)
-        state, metrics = training.update(recipe, state, loaded.transformer, data, knobs, key)
+        state, metrics = training.update(recipe, state, loaded.transformer, batch, knobs, key)
         gradients.append(float(metrics["gradient_norm"]))
         return state, metrics
 
     def run(name, num_steps):
         options = {"folder": tmp_path / name, "save_every": 2, "log_every": 1}
+        options["data"] = loader.batches(dataset, settings.batch_size, num_threads=2)
         return loop.run("test", step, state, num_steps=num_steps, **options)
 
     compiled = training.update._cache_size()
@@ -295,7 +167,7 @@ def test_layers_that_are_not_learned_are_placed_after_the_warmup(
     own.transfer.update(selection="manual", layers=(2, 0), num_steps=17)
     seen = []
 
-    def update(recipe, state, teacher, data, knobs, key):
+    def update(recipe, state, teacher, batch, knobs, key):
         seen.append((state["mode"].tolist(), knobs.r_learning_rate))
         return state, {"loss": jnp.zeros(())}
 
@@ -413,6 +285,8 @@ def test_score_networks_that_do_not_match_are_refused(trained, teacher, tmp_path
         ("score_updates", 0, "score_updates is 0: choose 1 or more"),
         ("selection", "none", "selection is 'none': choose one of selective, manual, grid, random"),
         ("selection", "grid", "profile.json is missing: put the stage profile before transfer"),
+        ("final_weights", "best", "final_weights is 'best': choose one of raw, ema"),
+        ("final_weights", "ema", "final_weights is 'ema': set transfer.ema_decay above 0, too"),
     ],
 )
 def test_unknown_choices_are_refused(config, trained, field, value, message):
@@ -420,19 +294,6 @@ def test_unknown_choices_are_refused(config, trained, field, value, message):
     wrong.transfer[field] = value
     with pytest.raises(UserError, match=message):
         transfer.run(wrong, trained)
-
-
-def test_the_negative_branch_has_its_share(config, trained, teacher):
-    stored = collect.read(trained)
-    settings = config.transfer.copy_and_resolve_references()
-    settings.batch_size = 400
-    sizes = checkpoints.load(teacher).wan_config
-    recipe = Recipe.of(settings, sizes, sizes, "unipc", "float32")
-    batch = samples.draw(transfer.on_device(stored), recipe, 0.1, jax.random.key(0))
-    negative = np.asarray(batch.text_lengths) == stored.negative_length[0]
-    assert 0.05 < negative.mean() < 0.16
-    np.testing.assert_array_equal(batch.text[negative][0], stored.negative_text[0])
-    assert np.all(np.asarray(batch.t_to) < np.asarray(batch.t_from))
 
 
 def test_rounding_keeps_the_smallest_scores(config):
@@ -455,9 +316,3 @@ def test_wrong_settings_are_refused(config, trained, tmp_path):
         transfer.run(wrong, trained)
     with pytest.raises(UserError, match="run the collect stage first"):
         transfer.run(config, tmp_path)
-    (trained / "pairs" / "grid.json").rename(tmp_path / "grid.json")
-    (trained / "pairs" / "grid.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        collect.read(trained)
-    (tmp_path / "grid.json").rename(trained / "pairs" / "grid.json")
-    assert json.loads((trained / "pairs" / "grid.json").read_text())["num_shards"] == 3

@@ -27,8 +27,9 @@ def settings(**changes):
     return transfer
 
 
-def recipe(dtype="float32", **changes):
-    return Recipe.of(settings(**changes), STUDENT, TEACHER, "unipc", dtype)
+def recipe(dtype="float32", options=None, **changes):
+    options = {"sigmas": (1.0, 0.5, 0.0), "store_velocity": "both"} | (options or {})
+    return Recipe.of(settings(**changes), STUDENT, TEACHER, "unipc", dtype, **options)
 
 
 def draw(shapes, seed):
@@ -150,6 +151,11 @@ def test_forwards_are_counted():
                ("mse", "adm", "own_points", "adm_score", "dmd")}  # fmt: skip
     # A gradient is 3; adm adds a student and a teacher; a critic's update 4 + 3, five times.
     assert counted == {"mse": 3, "adm": 5, "own_points": 6, "adm_score": 40, "dmd": 49}
+    # A velocity that is not stored is the teacher's once more, where it was not asked before.
+    lean = {name: recipe(options={"store_velocity": "none"}, objective=name).forwards for name in
+            ("mse", "adm", "own_points")}  # fmt: skip
+    assert lean == {"mse": 4, "adm": 6, "own_points": 6}
+    assert recipe(options={"store_velocity": "none"}, objective="adm", beta=0.0).forwards == 5
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from linvideo_jax.errors import UserError
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
     """The lines that are not blank, stripped, with their numbers from 1; UserError without any."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"the prompt file {path} is not UTF-8 text: convert it.") from None
     except OSError as error:
@@ -16,7 +16,12 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
             f"the prompt file {path} cannot be read ({error.strerror}): name a text file with one "
             "prompt a line."
         ) from None
-    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if "\0" in text:
+        raise UserError(
+            f"the prompt file {path} is no text, but binary data: name a text file with one prompt "
+            "a line."
+        )
+    numbered = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise UserError(f"the prompt file {path} is empty: write one prompt a line into it.")
     return numbered

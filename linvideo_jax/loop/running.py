@@ -72,12 +72,12 @@ def run(
         if first >= num_steps:
             return state
         with (
-            _writing(name, folder),
             MetricsFile(folder, first) as metrics_file,
             Signals() as signals,
             Progress(name, num_steps, first) as progress,
         ):
-            _call(events, first, state, resumed=True)
+            with _writing(name, folder), signals.cutting():
+                _call(events, first, state, resumed=True)
             clock, watched, since_save = _Clock(first), [], []
             for step in range(first, num_steps):
                 trace.before(step)
@@ -87,8 +87,8 @@ def run(
                 done, last, stopped = step + 1, step + 1 == num_steps, signals.received
                 log = done % log_every == 0 or last
                 save = done % save_every == 0 or last or stopped
-                watched.append({key: metrics[key] for key in ("loss", guard.metric, best)
-                                if key in metrics})  # fmt: skip
+                names = {"loss", guard.metric, best} & set(metrics)
+                watched.append({key: metrics[key] for key in names})
                 if log or save:
                     values, watched = jax.device_get((metrics, watched))
                     _check(name, guard, done, values, watched, states)
@@ -96,15 +96,19 @@ def run(
                     watched = []
                 if log:
                     values |= {"seconds_per_step": clock.lap(done), "time": time.time()}
-                    metrics_file.write(done, values)
+                    with _writing(name, folder):
+                        metrics_file.write(done, values)
                     progress.update(done, f"loss {float(values['loss']):.4g}")
                 with clock.paused():
                     if not stopped:
-                        _call(events, done, state, last)
+                        with _writing(name, folder), signals.cutting():
+                            _call(events, done, state, last)
                     if save:
                         figures = {"good": float(guard.good)}
                         if since_save:
                             figures[best] = float(np.mean(since_save))
+                        elif best and last:
+                            logging.warning("%s: no metric is called %s", name, best)
                         states.save(done, state, guard.to_dict(), figures)
                         since_save = []
                 if stopped:

@@ -1,12 +1,18 @@
 """SIGINT and SIGTERM, which let the step that runs finish."""
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop, and its state is saved."""
+
+
+class Waiting(Exception):
+    """A signal came while something was done that need not be finished."""
 
 
 class Signals:
@@ -16,7 +22,7 @@ class Signals:
     """
 
     def __enter__(self):
-        self.received = False
+        self.received, self._raises = False, False
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -28,6 +34,19 @@ class Signals:
             raise KeyboardInterrupt
         self.received = True
         print("stopping after this step", file=sys.stderr)
+        if self._raises:
+            raise Waiting
+
+    @contextlib.contextmanager
+    def cutting(self) -> Iterator[None]:
+        """What is done inside is cut short by a signal."""
+        self._raises = True
+        try:
+            yield
+        except Waiting:
+            pass
+        finally:
+            self._raises = False
 
     def __exit__(self, *exception):
         for number, handler in self._previous.items():

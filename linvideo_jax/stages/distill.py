@@ -4,20 +4,21 @@ Two networks are trained in turn, the fake score at every step and the generator
 `generator_every`-th, from prompts alone. The layers' kinds are those of the checkpoint and stay.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, report, turns
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
-from linvideo_jax.pipeline import Pipeline, Settings, check_settings, overridden
+from linvideo_jax.parts import flatten
+from linvideo_jax.pipeline import Pipeline, Settings, check_settings, latent_shape, overridden
 from linvideo_jax.stages import monitoring, transfer
 from linvideo_jax.text import text_bucket
 from linvideo_jax.transfer import distill_training, distillation, scores, selection, training
@@ -29,10 +30,17 @@ def run(config, workdir: Path) -> None:
     settings, workdir = config.distill, Path(workdir)
     check(settings)
     teacher = load_teacher(config.teacher)
-    student = checkpoints.load(config.checkpoint)
+    student = checkpoints.load(config.checkpoint, ("transformer",))
     check_student(student, teacher, settings)
+    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
     sampling = few_step_sampling(teacher, settings)
-    prompts = Prompts(config.prompts, teacher, sampling.negative_prompt, settings.batch_size)
+    prompts = Prompts(
+        config.prompts,
+        Pipeline(turns.open_folder(config.teacher), config.dtype),
+        sampling.negative_prompt,
+        settings.batch_size,
+    )
+    size = (sampling.height, sampling.width, sampling.num_frames)
     wan_config, params, r, mode = start(student, config)
     recipe = Recipe.of(
         settings,
@@ -40,7 +48,7 @@ def run(config, workdir: Path) -> None:
         teacher=teacher.wan_config,
         fake=teacher.wan_config,
         sigmas=sampling.sigmas(),
-        shape=Pipeline(teacher).latent_shape(sampling),
+        shape=latent_shape(teacher.wan_config, teacher.vae_config, *size),
         dtype=config.dtype,
     )
     fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
@@ -89,7 +97,8 @@ def run(config, workdir: Path) -> None:
         events=events,
         profile_at=settings.profile_at,
     )
-    save(workdir / "final", as_checkpoint(student, recipe, state), sampling)
+    report.write(workdir)
+    save(workdir / "final", student, beside, recipe, state, sampling)
 
 
 def check(settings) -> None:
@@ -117,7 +126,7 @@ def load_teacher(folder: str) -> checkpoints.Checkpoint:
     """The frozen teacher; UserError without one, or for one that has linear layers."""
     if not folder:
         raise UserError("teacher is empty: name the folder of the model to learn from.")
-    teacher = checkpoints.load(folder)
+    teacher = checkpoints.load(folder, ("transformer",))
     if teacher.linear_layers:
         raise UserError(f"the teacher {folder} has linear layers: name the model it came from.")
     return teacher
@@ -158,11 +167,13 @@ def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
 
 
 class Prompts:
-    """Embeddings of a file's prompts in the host's memory, from which batches are drawn."""
+    """Embeddings of a file's prompts in the host's memory, from which batches are drawn.
 
-    def __init__(self, path: str, teacher: checkpoints.Checkpoint, negative: str, batch_size: int):
+    The pipeline, and with it the text encoder, is let go of once they are made.
+    """
+
+    def __init__(self, path: str, pipeline: Pipeline, negative: str, batch_size: int):
         self._prompts, self._negative = prompt_files.read(path), negative
-        pipeline = Pipeline(teacher)
         pipeline.encode([*self._prompts, negative])
         self._texts, self._batch_size = pipeline.texts, batch_size
         longest = max(len(self._texts[prompt]) for prompt in (*self._prompts, negative))
@@ -223,33 +234,23 @@ def knobs_at(config, step: int, guidance_scale: float, rate) -> Knobs:
     )
 
 
-def as_checkpoint(student: checkpoints.Checkpoint, recipe: Recipe, state) -> checkpoints.Checkpoint:
-    """The generator's average as a checkpoint, with the other networks of the student's."""
+def save(folder: Path, student, beside, recipe: Recipe, state, sampling: Settings) -> None:
+    """Writes the generator's average with the student's other networks, `beside` by part.
+
+    Its config.json says how it is sampled, so that no flag is needed.
+    """
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    feature_map = recipe.student.feature_map
-    return replace(
-        student,
-        config={**student.config, "linear_layers": linear, "feature_map": feature_map},
-        wan_config=recipe.student,
-        transformer=state["ema"],
-    )
-
-
-def save(folder: Path, generator: checkpoints.Checkpoint, sampling: Settings) -> None:
-    """Writes the generator, whose config.json says how it is sampled, so that no flag is needed."""
-    checkpoints.save(
+    checkpoints.save_flat(
         folder,
         config=checkpoints.make_config(
-            generator.wan_config,
-            generator.vae_config,
-            generator.umt5_config,
-            linear_layers=generator.linear_layers,
+            recipe.student,
+            student.vae_config,
+            student.umt5_config,
+            linear_layers=linear,
             sampling=asdict(sampling),
         ),
-        transformer=jax.device_get(generator.transformer),
-        vae=generator.vae,
-        text_encoder=generator.text_encoder,
-        tokenizer=generator.tokenizer_folder,
+        flat={"transformer": flatten(jax.device_get(state["ema"])), **beside},
+        tokenizer=student.tokenizer_folder,
         scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, sampling.num_inference_steps),
-        source=str(generator.path),
+        source=str(student.path),
     )

@@ -11,7 +11,7 @@ from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
-from linvideo_jax import evaluation, folders, loop, report, video
+from linvideo_jax import evaluation, folders, loop, report, turns, video
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import LINEAR, MIX
@@ -80,7 +80,8 @@ class Samples:
 
     Args:
       folder: of the stage's state.
-      teacher: the checkpoint; its text encoder and VAE serve both.
+      teacher: the checkpoint, of which the transformer is loaded; its text encoder and VAE serve
+        both, and are read from its folder when they are needed.
       student: sizes of the student.
       own: `config.evaluate`, of which the prompts and the size of the videos are taken.
       count: how many prompts.
@@ -100,13 +101,14 @@ class Samples:
         sampling: Settings | None = None,
         weights: str = "params",
     ):
-        self._folder, self._teacher, self._student = folder / SAMPLES, teacher, student
+        self._folder, self._student = folder / SAMPLES, student
+        self._teacher = replace(turns.open_folder(teacher.path), transformer=teacher.transformer)
         self._prompts = prompt_files.read(own.prompts)[:count]
         size = {"height": own.height, "width": own.width, "num_frames": own.num_frames}
         self._settings = Settings.of(teacher, **size, **own.sampling)
         self._sampling, self._weights = sampling or self._settings, weights
         self._dtype = dtype
-        self._pipeline = Pipeline(teacher, dtype)
+        self._pipeline = Pipeline(self._teacher, dtype)
         self._pipeline.latent_shape(self._settings)  # a wrong size is told before training
 
     def __call__(self, step: int, state: Any) -> None:
@@ -123,8 +125,8 @@ class Samples:
         ours.texts = self._pipeline.texts
         if self._student.feature_map is not None:
             ours.mode, ours.r = state["mode"], state["r"]
-        frames = self._frames(ours, self._sampling)
         self._folder.mkdir(parents=True, exist_ok=True)
+        frames = self._frames(ours, self._sampling)
         sheet = contact_sheet([self._teachers(), frames])
         with folders.replacing(path) as temporary:
             Image.fromarray(sheet).save(temporary, format="webp", quality=80)

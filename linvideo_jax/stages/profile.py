@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from linvideo_jax import checkpoints, evaluation, loop, optimizers, turns
+from linvideo_jax.data import loader
 from linvideo_jax.errors import UserError
 from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import classifier
@@ -79,11 +81,15 @@ def finished(path: Path, mark: str) -> dict[str, Any] | None:
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _errors(recipe: Recipe, params, mode, batch: samples.Batch):
-    """Squared error of the student's velocities and their squared size, each a sum."""
-    velocity = training.network(recipe, recipe.student, params, mode=mode)
-    u = velocity(batch.x, batch.t_from, batch.text, batch.text_lengths)
-    return jnp.sum(jnp.square(u - batch.u_teacher)), jnp.sum(jnp.square(batch.u_teacher))
+def _errors(recipe: Recipe, params, teacher_params, mode, batch: samples.Batch):
+    """Squared error of the student's velocities and the squared size of the teacher's, sums."""
+    batch = samples.wide(batch)
+    inputs = batch.x, batch.t_from, batch.text, batch.text_lengths
+    u = training.network(recipe, recipe.student, params, mode=mode)(*inputs)
+    theirs = batch.u_teacher
+    if recipe.velocity == "teacher":
+        theirs = training.network(recipe, recipe.teacher, teacher_params)(*inputs)
+    return jnp.sum(jnp.square(u - theirs)), jnp.sum(jnp.square(theirs))
 
 
 class Bench:
@@ -91,26 +97,21 @@ class Bench:
 
     def __init__(self, config, settings, teacher: checkpoints.Checkpoint, workdir: Path):
         own = config.profile
-        collection = collect.read(workdir)
-        videos = np.unique(collection.pairs.seed)
-        if not 1 <= own.num_validation < len(videos):
+        if config.collect.mode == "online":
+            raise UserError("the profile stage needs stored pairs: choose collect.mode 'stored'.")
+        pairs = collect.opened(config, workdir, teacher, settings.batch_size)
+        training_videos = pairs.num_videos - own.num_validation
+        if not (own.num_validation >= 1 and training_videos >= 1):
             raise UserError(
                 f"profile.num_validation is {own.num_validation}: choose 1 to below the "
-                f"{len(videos)} videos collected."
+                f"{pairs.num_videos} videos collected."
             )
-        held = np.isin(collection.pairs.seed, videos[-own.num_validation :])
-        split = [
-            collection._replace(pairs=type(collection.pairs)(*(a[rows] for a in collection.pairs)))
-            for rows in (~held, held)
-        ]
-        self._data, self._held = transfer.on_device(split[0]), split[1]
+        self._pairs = pairs.part(range(training_videos))
+        self._held = pairs.part(range(training_videos, pairs.num_videos))
         self._config, self._settings, self._teacher = config, settings, teacher
         self._seed = jax.random.key(config.seed)
-        student = training.student_config(teacher.wan_config)
-        self._recipe = Recipe.of(
-            settings, student, teacher.wan_config, collection.sampler, config.dtype
-        )
-        self._guidance_scale = collection.guidance_scale
+        self._recipe = transfer.recipe_of(config, settings, pairs.index, teacher)
+        self._guidance_scale = pairs.index.made["guidance_scale"]
         self._folder = workdir / "profile" / "samples"
         if own.num_prompts:
             self._prepare_samples()
@@ -120,10 +121,9 @@ class Bench:
         settings, recipe = self._settings, self._recipe
         schedule = training.warmup_schedule(settings)
 
-        def step(state, i):
+        def step(state, i, batch):
             knobs = knobs_at(settings, i, schedule(i), self._guidance_scale, False)
-            key = jax.random.fold_in(self._seed, i)
-            return training.warmup(recipe, state, self._data, knobs, key)
+            return training.warmup(recipe, state, batch, knobs)
 
         return loop.run(
             "feature maps",
@@ -133,7 +133,13 @@ class Bench:
             folder=folder,
             save_every=settings.save_every,
             log_every=settings.log_every,
+            data=self._batches(),
         )
+
+    def _batches(self) -> grain.DatasetIterator:
+        """Those of training, from the first one on."""
+        dataset = transfer.samples_of(self._pairs, self._recipe, self._settings, self._config.seed)
+        return loader.batches(dataset, self._recipe.batch_size, num_threads=self._pairs.num_threads)
 
     def _prepare_samples(self) -> None:
         evaluate = self._config.evaluate.copy_and_resolve_references()
@@ -168,12 +174,14 @@ class Bench:
         schedule = optimizers.warmup_cosine(
             self._settings.learning_rate, num_steps, max(1, num_steps // 10)
         )
+        batches = self._batches()
         for i in range(num_steps):
             knobs = knobs_at(self._settings, i, schedule(i + 1), self._guidance_scale, False)
             key = jax.random.fold_in(self._seed, i)
             state, _ = training.update(
-                self._recipe, state, self._teacher.transformer, self._data, knobs, key
+                self._recipe, state, self._teacher.transformer, next(batches), knobs, key
             )
+        batches.close()
         row["error_after"] = self._error(state)
         if self._config.profile.num_prompts:
             untrained = evaluation.untrained(self._teacher, layers)
@@ -186,20 +194,14 @@ class Bench:
         return row | {"seconds": time.perf_counter() - began}
 
     def _error(self, state: training.State) -> float:
-        held, pairs = self._held, self._held.pairs
         total, size = 0.0, 0.0
-        count = min(self._recipe.batch_size, len(pairs.step))  # whole batches alone
-        for begin in range(0, len(pairs.step) - count + 1, count):
-            rows = slice(begin, begin + count)
-            step, prompt = pairs.step[rows], pairs.prompt[rows]
-            batch = samples.Batch(
-                pairs.x[rows].astype(np.float32),
-                pairs.u_cond[rows].astype(np.float32),
-                held.sigmas[step].astype(np.float32),
-                held.sigmas[step + 1].astype(np.float32),
-                held.text[prompt],
-                held.text_lengths[prompt],
+        draw, rng = samples.Draw(self._held, self._recipe, 0.0, 0), np.random.default_rng(0)
+        count = min(self._recipe.batch_size, len(self._held))  # whole batches alone
+        for begin in range(0, len(self._held) - count + 1, count):
+            drawn = [draw(row, rng) for row in range(begin, begin + count)]
+            batch = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+            sums = _errors(
+                self._recipe, state["params"], self._teacher.transformer, state["mode"], batch
             )
-            sums = _errors(self._recipe, state["params"], state["mode"], batch)
             total, size = total + float(sums[0]), size + float(sums[1])
         return total / size

@@ -8,40 +8,51 @@ rounded and the rest of the run trains the rounded model. Where layers are not c
 
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 from absl import logging
 
-from linvideo_jax import checkpoints, loop, optimizers
+from linvideo_jax import checkpoints, loop, optimizers, report
+from linvideo_jax.data import loader, online, trajectories
+from linvideo_jax.data.trajectories import Index
 from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
+from linvideo_jax.parts import flatten
 from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
-from linvideo_jax.transfer.recipe import Recipe, knobs_at
-from linvideo_jax.transfer.samples import Data
+from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
+from linvideo_jax.transfer.samples import Draw
 
 
-def on_device(collection: collect.Collection) -> Data:
-    """The whole collection as device arrays; `starts` are the rows of noise."""
-    return jax.device_put(
-        {
-            **collection.pairs._asdict(),
-            "starts": np.flatnonzero(collection.pairs.step == 0).astype(np.int32),
-            "sigmas": collection.sigmas.astype(np.float32),
-            "text": collection.text,
-            "text_lengths": collection.text_lengths,
-            "negative_text": collection.negative_text,
-            "negative_length": collection.negative_length,
-        }
+def recipe_of(config, settings, index: Index, teacher: checkpoints.Checkpoint) -> Recipe:
+    """What an update on pairs with this index is compiled for; settings: `config.transfer`."""
+    return Recipe.of(
+        settings,
+        training.student_config(teacher.wan_config),
+        teacher.wan_config,
+        index.sampler,
+        config.dtype,
+        sigmas=index.sigmas,
+        store_velocity=index.made["store_velocity"],
     )
+
+
+def samples_of(
+    pairs: trajectories.Pairs | online.Pairs, recipe: Recipe, settings, seed: int
+) -> grain.MapDataset:
+    """The samples of a run, by their number."""
+    draw = Draw(pairs, recipe, settings.negative_fraction, settings.own_steps)
+    return loader.samples(pairs, draw, seed, recipe.batch_size)
 
 
 def run(config, workdir: Path) -> None:
     """Trains and writes the student to `workdir/final`."""
     settings, workdir = config.transfer, Path(workdir)
-    teacher = checkpoints.load(config.checkpoint)
+    teacher = checkpoints.load(config.checkpoint, ("transformer",))
+    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
     num_layers = teacher.wan_config.num_layers
     selection.check(settings, num_layers)
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
@@ -50,14 +61,14 @@ def run(config, workdir: Path) -> None:
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
     final = final_weights(settings)
-    collection = collect.read(workdir)
-    wan_config = training.student_config(teacher.wan_config)
-    recipe = Recipe.of(settings, wan_config, teacher.wan_config, collection.sampler, config.dtype)
+    pairs = collect.opened(config, workdir, teacher, settings.batch_size)
+    index = pairs.index
+    recipe = recipe_of(config, settings, index, teacher)
     score_params = None
     if recipe.has_score_network:
         score_params = score_network(settings.score_network, teacher)
     layers = selection.before_training(settings, num_layers, read_profile(settings, workdir))
-    data = on_device(collection)
+    dataset = samples_of(pairs, recipe, settings, config.seed)
     choose_at = settings.round_at if layers is None else settings.warmup_steps
     schedule = optimizers.warmup_cosine(
         settings.learning_rate,
@@ -68,16 +79,16 @@ def run(config, workdir: Path) -> None:
     maps_schedule = training.warmup_schedule(settings)
     seed = jax.random.key(config.seed)
 
-    def step_of_run(state, step):
-        key = jax.random.fold_in(seed, step)
+    def step_of_run(state, step, batch):
         warming, selecting = step < settings.warmup_steps, step < choose_at
         rate = maps_schedule(step) if warming else schedule(step - settings.warmup_steps + 1)
-        knobs = knobs_at(settings, step, rate, collection.guidance_scale, selecting)
+        knobs = knobs_at(settings, step, rate, index.made["guidance_scale"], selecting)
         if warming:
-            return training.warmup(recipe, state, data, knobs, key)
+            return training.warmup(recipe, state, batch, knobs)
         if step == choose_at:
             state = chosen(state, layers, settings, workdir)
-        return training.update(recipe, state, teacher.transformer, data, knobs, key)
+        key = jax.random.fold_in(seed, step)
+        return training.update(recipe, state, teacher.transformer, batch, knobs, key)
 
     folder = workdir / "state" / "transfer"
     events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
@@ -85,23 +96,24 @@ def run(config, workdir: Path) -> None:
         events.append((settings.log_every, monitoring.frozen_layers(choose_at)))
     if settings.sample_every:
         samples = (settings.sample_prompts, config.dtype)
-        event = monitoring.Samples(folder, teacher, wan_config, config.evaluate, *samples)
+        event = monitoring.Samples(folder, teacher, recipe.student, config.evaluate, *samples)
         events.insert(0, (settings.sample_every, event))
-    tokens = flops.video_tokens(wan_config, data["x"].shape[1:])
-    monitoring.write_facts(folder, settings, wan_config, tokens, data["text"].shape[1])
+    tokens = flops.video_tokens(recipe.student, index.latent_shape)
+    monitoring.write_facts(folder, settings, recipe.student, tokens, index.text_shape[0])
     state = loop.run(
         "transfer",
         step_of_run,
-        training.initial_state(settings, wan_config, teacher.transformer)
-        | training.objectives_state(recipe, score_params, data),
+        training.initial_state(settings, recipe.student, teacher.transformer)
+        | training.objectives_state(recipe, score_params, index.latent_shape, index.text_shape),
         num_steps=settings.num_steps,
         folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
+        data=loader.batches(dataset, settings.batch_size, num_threads=pairs.num_threads),
         keep=settings.keep,
         best=settings.best,
         guard=loop.Guard(
-            settings.objective if settings.objective in ("mse", "own_points") else "anchor",
+            settings.objective if settings.objective in ONLY_VELOCITY else "anchor",
             settings.divergence_factor,
             settings.divergence_steps,
             fresh_at=(settings.warmup_steps, choose_at),
@@ -109,19 +121,18 @@ def run(config, workdir: Path) -> None:
         events=events,
         profile_at=settings.profile_at,
     )
+    report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save(
+    checkpoints.save_flat(
         workdir / "final",
         config=checkpoints.make_config(
-            wan_config,
+            recipe.student,
             teacher.vae_config,
             teacher.umt5_config,
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        transformer=jax.device_get(state[final]),
-        vae=teacher.vae,
-        text_encoder=teacher.text_encoder,
+        flat={"transformer": flatten(jax.device_get(state[final])), **beside},
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),

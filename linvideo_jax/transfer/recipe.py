@@ -1,5 +1,6 @@
 """What a compiled update depends on (`Recipe`), and what may change from call to call (`Knobs`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from linvideo_jax.transfer import scores
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
 OBJECTIVES = ("adm", "adm_score", "mse", "own_points", "dmd")
 WITH_SCORE_NETWORK = ("adm_score", "dmd")
+ONLY_VELOCITY = ("mse", "own_points")  # the others need it for the anchor alone
 CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
@@ -29,14 +31,17 @@ COUNTS = ("batch_size", "accumulate", "score_updates", "rollout_steps")
 class Recipe:
     """Static: another value is another program. Rows that differ in `Knobs` alone share one.
 
-    sampler: of the stored trajectories; dtype: of the matrix products; the rest are fields of
-    `config.transfer`.
+    dtype: of the matrix products; sampler, sigmas: of the teacher's trajectories; velocity: where
+    the teacher's velocity at x_t' comes from: "stored", the "teacher" (one forward more), or
+    "unused"; the rest are fields of `config.transfer`.
     """
 
     student: WanConfig
     teacher: WanConfig
     sampler: str
     dtype: np.dtype
+    sigmas: tuple[float, ...]
+    velocity: str
     objective: str
     t_to: str
     weighting: str
@@ -50,10 +55,22 @@ class Recipe:
     rollout_steps: int
 
     @classmethod
-    def of(cls, settings, student: WanConfig, teacher: WanConfig, sampler: str, dtype) -> "Recipe":
-        """From `config.transfer`; UserError for a choice that is unknown or a count below 1.
+    def of(
+        cls,
+        settings,
+        student: WanConfig,
+        teacher: WanConfig,
+        sampler: str,
+        dtype,
+        *,
+        sigmas: Sequence[float],
+        store_velocity: str = "both",
+    ) -> "Recipe":
+        """From `config.transfer`, and `config.collect.store_velocity`, what the pairs hold.
 
-        Also for a batch that `accumulate` does not divide, and a remat that this backend lacks.
+        UserError for a choice that is unknown, a count below 1, a batch that `accumulate` does not
+        divide, a remat that this backend lacks, or velocities that are needed and neither stored
+        nor to be had.
         """
         for name, known in CHOICES.items():
             if settings[name] not in known:
@@ -75,7 +92,14 @@ class Recipe:
             )
         fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
+        own |= {"sigmas": tuple(map(float, sigmas))}
+        own |= {"velocity": _velocity(settings, store_velocity)}
         return cls(student, teacher, sampler, np.dtype(dtype), **own)
+
+    @property
+    def steps(self) -> int:
+        """Of the grid: pairs of one video."""
+        return len(self.sigmas) - 1
 
     @property
     def has_score_network(self) -> bool:
@@ -90,8 +114,25 @@ class Recipe:
         """
         gradient = 3 * (self.rollout_steps if self.objective == "dmd" else 1)
         beside = {"adm": 2, "adm_score": 2, "mse": 0, "own_points": 3, "dmd": 2}[self.objective]
+        if self.velocity == "teacher" and self.objective != "own_points":
+            beside += 1
         critic = self.score_updates * (self.rollout_steps + 3) if self.has_score_network else 0
         return gradient + beside + critic
+
+
+def _velocity(settings, store_velocity: str) -> str:
+    """`Recipe.velocity`: stored if it can be, else as cheap as may be."""
+    if store_velocity == "both" or (store_velocity == "cond" and not settings.negative_fraction):
+        return "stored"
+    if settings.objective not in ONLY_VELOCITY and not settings.beta:
+        return "unused"
+    if store_velocity == "cond":
+        raise UserError(
+            f"collect.store_velocity is 'cond', but transfer.negative_fraction is "
+            f"{settings.negative_fraction}, and those samples need the negative prompt's velocity: "
+            "choose store_velocity 'both' or 'none', or negative_fraction 0."
+        )
+    return "teacher"
 
 
 class Knobs(NamedTuple):

@@ -1,74 +1,113 @@
-"""Where an update is made: samples of the stored pairs, and points on the student's own way."""
+"""Where an update is made: samples of the teacher's pairs, and points on the student's own way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from linvideo_jax.flow import rectified
 from linvideo_jax.transfer.recipe import Knobs, Recipe
 
-# The collection on the device (`stages/transfer.py` `on_device`): `trajectories.Pairs` by field,
-# `starts` (the pairs that are noise), `sigmas` of the grid, and the text of all prompts.
-Data = dict[str, jax.Array]
+
+class Fresh(NamedTuple):
+    """Stored states at which points of the student's begin anew, with both texts."""
+
+    x: Float[Array, "batch frames height width channels"]
+    step: Int[Array, " batch"]  # of the grid
+    text: Float[Array, "batch tokens text_dim"]
+    text_lengths: Int[Array, " batch"]
+    negative_text: Float[Array, "batch tokens text_dim"]
+    negative_lengths: Int[Array, " batch"]
 
 
 class Batch(NamedTuple):
-    """Samples of the stored pairs, each drawn for the conditional or the negative branch."""
+    """Samples of the pairs, each drawn for the conditional or the negative branch.
+
+    `Draw` makes one at a time, without the axis batch; every array of a batch has it in front.
+    x and u_teacher come in bfloat16; `wide` makes them float32. u_teacher is None where it is not
+    stored (`Recipe.velocity`), fresh where the objective has no points, and others where it has no
+    score network, whose samples they are: with an axis score_updates behind batch.
+    """
 
     x: Float[Array, "batch frames height width channels"]
-    u_teacher: Float[Array, "batch frames height width channels"]
+    u_teacher: Float[Array, "batch frames height width channels"] | None
     t_from: Float[Array, " batch"]
     t_to: Float[Array, " batch"]  # a lower step of the grid
     text: Float[Array, "batch tokens text_dim"]
     text_lengths: Int[Array, " batch"]
+    fresh: Fresh | None = None
+    others: "Batch | None" = None
 
 
-def draw(data: Data, recipe: Recipe, negative_fraction, key: jax.Array) -> Batch:
-    """`recipe.batch_size` pairs, a share `negative_fraction` of them on the negative branch.
+class Draw:
+    """draw(row, rng): a sample out of a row of the pairs, on the host.
 
-    t_to "next": the next lower step of the grid. "uniform": any lower step above 0 alike; below
-    the lowest such step there is 0 alone.
+    A share `negative_fraction` is of the negative branch. t_to "next": the next lower step of the
+    grid. "uniform": any lower step above 0 alike; below the lowest such step there is 0 alone.
+    pairs: as `data.trajectories.Pairs`. own_steps: of `Knobs`; with the grid's length or more,
+    points begin at noise, else at any pair.
     """
-    pick, branch = jax.random.split(key)  # fold_in(key, 0) and (key, 1)
-    rows = jax.random.randint(pick, (recipe.batch_size,), 0, data["step"].shape[0])
-    negative = jax.random.bernoulli(branch, negative_fraction, rows.shape)
-    index = data["step"][rows]
-    x, u_cond, u_neg = (data[name][rows].astype(jnp.float32) for name in ("x", "u_cond", "u_neg"))
-    following = index + 1
-    if recipe.t_to == "uniform":
-        below = jnp.maximum(data["sigmas"].shape[0] - 1 - following, 1)
-        following += jax.random.randint(jax.random.fold_in(key, 2), rows.shape, 0, below)
-    return Batch(
-        x,
-        jnp.where(_wide(negative, x), u_neg, u_cond),
-        data["sigmas"][index],
-        data["sigmas"][following],
-        *_texts(data, data["prompt"][rows], negative),
-    )
+
+    def __init__(self, pairs: Any, recipe: Recipe, negative_fraction: float, own_steps: int):
+        self._pairs, self._recipe = pairs, recipe
+        self._negative_fraction = negative_fraction
+        self._whole = own_steps >= recipe.steps
+
+    def __call__(self, row: int, rng: np.random.Generator) -> Batch:
+        recipe, fresh, others = self._recipe, None, None
+        sample = self._sample(row, rng, recipe.velocity == "stored")
+        if recipe.objective == "own_points":
+            fresh = self._fresh(self._pairs.another(row, rng))
+        if recipe.has_score_network:
+            rows = [self._pairs.another(row, rng) for _ in range(recipe.score_updates)]
+            drawn = [self._sample(other, rng, False) for other in rows]
+            others = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+        return sample._replace(fresh=fresh, others=others)
+
+    def _sample(self, row: int, rng: np.random.Generator, with_velocity: bool) -> Batch:
+        sigmas = self._recipe.sigmas
+        head, x = self._pairs.x(row)
+        negative = bool(rng.random() < self._negative_fraction)
+        following = head.step + 1
+        if self._recipe.t_to == "uniform":
+            following += int(rng.integers(max(self._recipe.steps - following, 1)))
+        texts = self._pairs.texts
+        return Batch(
+            x,
+            self._pairs.velocity(row, negative) if with_velocity else None,
+            np.float32(sigmas[head.step]),
+            np.float32(sigmas[following]),
+            *texts[texts.negative if negative else head.prompt],
+        )
+
+    def _fresh(self, row: int) -> Fresh:
+        if self._whole:
+            row -= row % self._recipe.steps  # to the noise of the same video
+        (head, x), texts = self._pairs.x(row), self._pairs.texts
+        return Fresh(x, np.int32(head.step), *texts[head.prompt], *texts[texts.negative])
+
+
+def wide(batch: Any) -> Any:
+    """The same with bfloat16 arrays in float32, which all sums are made in."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, batch)
 
 
 def _wide(values: Array, like: Array) -> Array:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _texts(data: Data, prompt: Int[Array, " batch"], negative: Bool[Array, " batch"]):
-    text, lengths = data["text"][prompt], data["text_lengths"][prompt]
-    return (
-        jnp.where(_wide(negative, text), data["negative_text"], text),
-        jnp.where(negative, data["negative_length"], lengths),
-    )
-
-
 def noise_and_times(
-    data: Data, like: Float[Array, "batch frames height width channels"], key: jax.Array
+    sigmas: tuple[float, ...],
+    like: Float[Array, "batch frames height width channels"],
+    key: jax.Array,
 ) -> tuple[Float[Array, "batch frames height width channels"], Float[Array, " batch"]]:
     """Fresh noise, and times of the grid above 0, each alike: for what noises the student's x_0."""
     first, second = jax.random.split(key)
-    step = jax.random.randint(second, like.shape[:1], 0, data["sigmas"].shape[0] - 1)
-    return jax.random.normal(first, like.shape), data["sigmas"][step]
+    step = jax.random.randint(second, like.shape[:1], 0, len(sigmas) - 1)
+    return jax.random.normal(first, like.shape), jnp.asarray(sigmas, jnp.float32)[step]
 
 
 def network_time(t: Float[Array, " batch"], sampler: str) -> Float[Array, " batch"]:
@@ -79,24 +118,29 @@ def network_time(t: Float[Array, " batch"], sampler: str) -> Float[Array, " batc
 class Points(NamedTuple):
     """States on the student's own guided trajectories; part of the training state.
 
-    step: of the grid, of the last move's end; age: moves since the state was a stored one.
+    step: of the grid, of the last move's end; age: moves since the state was a stored one; text: of
+    the prompt.
     """
 
     x: Float[Array, "batch frames height width channels"]
     step: Int[Array, " batch"]
-    prompt: Int[Array, " batch"]
+    text: Float[Array, "batch tokens text_dim"]
+    text_lengths: Int[Array, " batch"]
     age: Int[Array, " batch"]
 
 
-def no_points(data: Data, batch_size: int) -> Points:
+def no_points(recipe: Recipe, latent_shape: Sequence[int], text_shape: Sequence[int]) -> Points:
     """Points that the first move begins anew."""
-    x = jnp.zeros((batch_size, *data["x"].shape[1:]), jnp.float32)
-    last = jnp.full(batch_size, data["sigmas"].shape[0] - 2, jnp.int32)
-    return Points(x, last, jnp.zeros_like(last), jnp.zeros_like(last))
+
+    def zeros(shape, dtype=jnp.float32):
+        return jnp.zeros((recipe.batch_size, *shape), dtype)
+
+    none, last = zeros((), jnp.int32), zeros((), jnp.int32) + recipe.steps - 1
+    return Points(zeros(latent_shape), last, zeros(text_shape), none, jnp.copy(none))
 
 
 def move(
-    points: Points, data: Data, velocity: Callable[..., Array], knobs: Knobs, key: jax.Array
+    points: Points, fresh: Fresh, recipe: Recipe, velocity: Callable[..., Array], knobs: Knobs
 ) -> Points:
     """Every point makes one guided Euler step of the student along the grid.
 
@@ -105,30 +149,24 @@ def move(
     trajectory of the student's, noise included. So 1 is the student's next point, a few more are
     points a few steps on, and each costs the same. velocity(x, t, text, text_lengths).
     """
-    last = data["sigmas"].shape[0] - 2
+    sigmas, last = jnp.asarray(recipe.sigmas, jnp.float32), recipe.steps - 1
     whole = knobs.own_steps > last
     over = (points.age >= knobs.own_steps) | (points.step >= last)
-    anywhere, start = jax.random.split(key)
-    rows = jnp.where(
-        whole,
-        jax.random.choice(start, data["starts"], over.shape),
-        jax.random.randint(anywhere, over.shape, 0, data["step"].shape[0]),
-    )
-    fresh = Points(
-        data["x"][rows].astype(jnp.float32), data["step"][rows], data["prompt"][rows], 0 * rows
-    )
-    points = _where(over, fresh, points)
+    anew = Points(fresh.x, fresh.step, fresh.text, fresh.text_lengths, 0 * fresh.step)
+    points = _where(over, anew, points)
     moves = ~(over & whole) & (points.step < last)
 
-    t = data["sigmas"][points.step]
-    branches = [_texts(data, points.prompt, jnp.full_like(over, side)) for side in (False, True)]
-    text, lengths = (jnp.concatenate(both) for both in zip(*branches, strict=True))
-    twice = (jnp.concatenate([values, values]) for values in (points.x, t))
-    u_cond, u_neg = jnp.split(velocity(*twice, text, lengths), 2)
+    t = sigmas[points.step]
+    branches = (
+        (points.x, t, points.text, points.text_lengths),
+        (points.x, t, fresh.negative_text, fresh.negative_lengths),
+    )
+    both = (jnp.concatenate(pair) for pair in zip(*branches, strict=True))
+    u_cond, u_neg = jnp.split(velocity(*both), 2)
     guided = rectified.guided(u_cond, u_neg, knobs.guidance_scale)
-    dt = data["sigmas"][points.step + 1] - t
-    moved = Points(
-        points.x + _wide(dt, points.x) * guided, points.step + 1, points.prompt, points.age + 1
+    dt = sigmas[points.step + 1] - t
+    moved = points._replace(
+        x=points.x + _wide(dt, points.x) * guided, step=points.step + 1, age=points.age + 1
     )
     return jax.lax.stop_gradient(_where(moves, moved, points))
 
@@ -136,7 +174,7 @@ def move(
 def own_points(
     batch: Batch,
     points: Points,
-    data: Data,
+    recipe: Recipe,
     teacher: Callable[..., Array],
     knobs: Knobs,
     key: jax.Array,
@@ -144,13 +182,19 @@ def own_points(
     """The batch with a share `own_share` of its samples at the student's own points.
 
     There the teacher is asked for its velocity, of the conditional or the negative branch as in
-    `draw`. teacher(x, t, text, text_lengths).
+    `Draw`; of a batch without stored velocities it is left open. teacher(x, t, text, text_lengths).
     """
     branch, share = jax.random.split(key)
+    fresh = batch.fresh
     negative = jax.random.bernoulli(branch, knobs.negative_fraction, points.step.shape)
-    t = data["sigmas"][points.step]
-    texts = _texts(data, points.prompt, negative)
-    own = Batch(points.x, teacher(points.x, t, *texts), t, batch.t_to, *texts)
+    t = jnp.asarray(recipe.sigmas, jnp.float32)[points.step]
+    text, lengths = _where(
+        negative,
+        (fresh.negative_text, fresh.negative_lengths),
+        (points.text, points.text_lengths),
+    )
+    u = None if batch.u_teacher is None else teacher(points.x, t, text, lengths)
+    own = batch._replace(x=points.x, u_teacher=u, t_from=t, text=text, text_lengths=lengths)
     return _where(jax.random.bernoulli(share, knobs.own_share, negative.shape), own, batch)
 
 

@@ -1,6 +1,6 @@
 """The training of a student: its state, its loss, and the updates of warm-up and transfer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.transfer import objectives, samples, scores, selection
 from linvideo_jax.transfer.recipe import Knobs, Recipe
-from linvideo_jax.transfer.samples import Batch, Data
+from linvideo_jax.transfer.samples import Batch
 
 State = dict[str, Any]
 
@@ -68,13 +68,21 @@ def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> St
     }
 
 
-def objectives_state(recipe: Recipe, score_params: Params, data: Data) -> State:
-    """What the objective keeps beside the student: a score network, or the student's points."""
+def objectives_state(
+    recipe: Recipe,
+    score_params: Params,
+    latent_shape: Sequence[int],
+    text_shape: Sequence[int],
+) -> State:
+    """What the objective keeps beside the student: a score network, or the student's points.
+
+    latent_shape, text_shape: of a sample, without the axis batch.
+    """
     if recipe.has_score_network:
         params = jax.tree.map(jnp.asarray, score_params)
         return {"score": {"params": params, "optimizer": SCORE_OPTIMIZER.init(params)}}
     if recipe.objective == "own_points":
-        return {"own": samples.no_points(data, recipe.batch_size)}
+        return {"own": samples.no_points(recipe, latent_shape, text_shape)}
     return {}
 
 
@@ -126,12 +134,15 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
         case "mse" | "own_points":
             matching, u_student = None, student(batch.x, batch.t_from)
 
-    velocity = objectives.velocity_matching(u_student, batch.u_teacher)
-    if matching is None:
-        objective, parts = velocity, {recipe.objective: velocity}
-    else:
-        objective = matching + knobs.beta * velocity
-        parts = {recipe.objective: matching, "anchor": velocity}
+    objective, parts = matching, {recipe.objective: matching}
+    if recipe.velocity != "unused":
+        stored = recipe.velocity == "stored"
+        u_teacher = batch.u_teacher if stored else teacher(batch.x, batch.t_from)
+        velocity = objectives.velocity_matching(u_student, u_teacher)
+        if matching is None:
+            objective, parts = velocity, {recipe.objective: velocity}
+        else:
+            objective, parts = matching + knobs.beta * velocity, parts | {"anchor": velocity}
     con = scores.constraint(r, knobs.target)
     reg = scores.regulariser(r, knobs.alpha)
     total = objective + knobs.lambda_ * (con + reg)
@@ -139,19 +150,19 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
     return total, {"loss": total, "alpha": knobs.alpha} | parts
 
 
-def score_network_updates(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
+def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Knobs, key):
     """`score_updates` updates of the score network on samples of the present student.
 
-    A sample is reached from a stored state in `rollout_steps` Euler steps.
+    A sample is reached from a stored state, of `others`, in `rollout_steps` Euler steps.
     """
     student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
 
-    def one(score, key):
-        batch = samples.draw(data, recipe, knobs.negative_fraction, key)
+    def one(score, drawn):
+        batch, key = drawn
         x_0, _ = objectives.rollout(
             _on(batch, student), batch.x, batch.t_from, recipe.rollout_steps
         )
-        noised = samples.noise_and_times(data, batch.x, jax.random.fold_in(key, 3))
+        noised = samples.noise_and_times(recipe.sigmas, batch.x, key)
 
         def gradient(part):
             batch, x_0, noised = part
@@ -168,28 +179,33 @@ def score_network_updates(recipe: Recipe, state: State, data: Data, knobs: Knobs
         params = optimizers.apply(score["params"], changes, knobs.score_learning_rate)
         return {"params": params, "optimizer": moments}, value
 
-    score, values = jax.lax.scan(one, state["score"], jax.random.split(key, recipe.score_updates))
+    batches = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), others)
+    keys = jax.random.split(key, recipe.score_updates)
+    score, values = jax.lax.scan(one, state["score"], (batches, keys))
     return score, jnp.mean(values)
 
 
 @partial(jax.jit, static_argnames="recipe")
-def update(recipe: Recipe, state: State, teacher_params: Params, data: Data, knobs: Knobs, key):
-    """One update of the student: (state, metrics). One compilation serves every `knobs`."""
-    batch = samples.draw(data, recipe, knobs.negative_fraction, key)
-    # draw takes up to fold_in(key, 2)
-    keys = jax.random.split(jax.random.fold_in(key, 3))
+def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, knobs: Knobs, key):
+    """One update of the student on a drawn batch: (state, metrics).
+
+    One compilation serves every `knobs`.
+    """
+    batch, keys = samples.wide(batch), jax.random.split(key)
     noised, more = None, {}
     if recipe.has_score_network:
-        noised = samples.noise_and_times(data, batch.x, keys[0])
-        score, more["score_loss"] = score_network_updates(recipe, state, data, knobs, keys[1])
+        noised = samples.noise_and_times(recipe.sigmas, batch.x, keys[0])
+        score, more["score_loss"] = score_network_updates(
+            recipe, state, batch.others, knobs, keys[1]
+        )
         state = state | {"score": score}
     if recipe.objective == "own_points":
         student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
         teacher = network(recipe, recipe.teacher, teacher_params)
-        points = samples.move(state["own"], data, student, knobs, keys[0])
-        batch = samples.own_points(batch, points, data, teacher, knobs, keys[1])
+        points = samples.move(state["own"], batch.fresh, recipe, student, knobs)
+        batch = samples.own_points(batch, points, recipe, teacher, knobs, keys[1])
         state = state | {"own": points}
-
+    batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
     return state, metrics | moved | more | {"forwards": recipe.forwards}
@@ -245,9 +261,9 @@ def warmup_schedule(settings) -> optax.Schedule:
 
 
 @partial(jax.jit, static_argnames="recipe")
-def warmup(recipe: Recipe, state: State, data: Data, knobs: Knobs, key):
+def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     """Like `update`, for the fit of every layer's feature maps to its softmax attention."""
-    batch = samples.draw(data, recipe, knobs.negative_fraction, key)
+    batch = samples.wide(batch)
 
     def with_maps(maps):
         attn1 = state["params"]["blocks"]["attn1"] | {"feature_map": maps}
