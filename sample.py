@@ -40,7 +40,7 @@ def define_flags() -> flags.FlagValues:
             "prompt": (None, "one prompt"),
             "prompts": (None, "text file, one prompt a line, or .jsonl"),
             "negative_prompt": (None, "what guidance leads away from"),
-            "sampler": (None, "unipc, euler or dpm++"),
+            "sampler": (None, "unipc, euler or dpm++; renoise or euler for distilled models"),
             "time_grid": (None, "diffusers, or original: that of Wan's own code"),
             "mesh": (None, "devices by axis, such as context:4; default data: all of them"),
             "text_cache": (None, f"folder of text embeddings; default {text.default_folder()}"),
@@ -48,6 +48,9 @@ def define_flags() -> flags.FlagValues:
     )
     define = {"flag_values": values}
     flags.DEFINE_integer("num_inference_steps", None, "steps of the sampler", **define)
+    flags.DEFINE_list(
+        "denoising_steps", None, "a distilled model's timesteps before the shift", **define
+    )
     flags.DEFINE_float("guidance_scale", None, "1 is none", **define)
     flags.DEFINE_integer("height", None, "pixels", **define)
     flags.DEFINE_integer("width", None, "pixels", **define)
@@ -62,12 +65,23 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
+def numbers(name: str, words: Sequence[str] | None) -> tuple[float, ...] | None:
+    """The numbers of a list flag; UserError for a word that is none."""
+    try:
+        return None if words is None else tuple(map(float, words))
+    except ValueError:
+        raise UserError(
+            f"--{name}={','.join(words)} is no list of numbers: write --{name}=1000,750,500,250."
+        ) from None
+
+
 def sample(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input, before anything is written."""
     values = define_flags()
     given = command_line.parse(values, argv, __doc__)
     command_line.required(given, "checkpoint", "out")
     overrides = {name: given[name] for name in pipeline.Settings.__dataclass_fields__}
+    overrides["denoising_steps"] = numbers("denoising_steps", given["denoising_steps"])
     pipeline.check_settings(**overrides)
     rows = requests.read_rows(values.prompt, values.prompts)
     for name in ("num_samples", "batch_size"):

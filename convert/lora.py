@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import original
+from convert import original, variants
 from convert.pickles import SUFFIXES, PickleFile
 from convert.tensors import DTYPES, TensorFiles, Tensors
 from linvideo_jax.errors import UserError
@@ -62,10 +62,11 @@ class Lora:
         """By diffusers' key of a weight: float32 weight in PyTorch's layout to the changed one.
 
         shapes: of all the transformer's weights. One UserError with every key of the file that
-        matches none of them, or whose shape does not fit.
+        matches none of them, or whose shape does not fit; or if it is of an image-to-video model.
         """
         is_pickle = self.path.suffix in SUFFIXES
         files = PickleFile(self.path) if is_pickle else TensorFiles([self.path], str(self.path))
+        variants.check_tensors(self.path, "", files.shapes)
         modules, unknown = _by_module(files, _modules(shapes))
         changes, problems = {}, []
         for module, roles in modules.items():

@@ -42,6 +42,7 @@ def text(config: Mapping[str, Any], manifest: Mapping[str, Any], layout: str) ->
             f"- {key}: {config[key]}"
             for key in ("sampler", "num_inference_steps", "guidance_scale", "flow_shift")
         ),
+        *_few_steps(config.get("denoising_steps"), layout),
         "",
     ]
     if layers:
@@ -67,6 +68,21 @@ def text(config: Mapping[str, Any], manifest: Mapping[str, Any], layout: str) ->
         "the prompts and videos that it was trained on are their own.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _few_steps(steps: Any, layout: str) -> list[str]:
+    if not steps:
+        return []
+    in_diffusers = (
+        f": diffusers takes them with `num_inference_steps={len(steps)}, guidance_scale=1` and the "
+        "scheduler that lies here"
+    )
+    listed = ", ".join(f"{step:g}" for step in steps)
+    return [
+        f"- denoising_steps: {listed}, timesteps before the shift",
+        "",
+        f"Distilled to these steps (DMD2){in_diffusers if layout == 'diffusers' else ''}.",
+    ]
 
 
 def _rows(values: Any) -> list[str]:

@@ -16,8 +16,10 @@ from linvideo_jax.lazy import LazyArray
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
-# Under which such a file may hold the weights beside other things.
-_WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
+# Under which such a file may hold the weights beside other things. Distillation codes (CausVid,
+# Self-Forcing, Self-Forcing-Plus) keep a generator, its moving average and a critic: the average is
+# what they sample.
+_WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "generator_ema", "generator")
 
 
 def import_torch(path: Path) -> ModuleType:

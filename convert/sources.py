@@ -38,7 +38,8 @@ ORIGINAL_VAE = "Wan2.1_VAE.pth"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 
 # The sampling defaults of diffusers' WanPipeline, with the flow shift of its 480p checkpoints. A
-# negative prompt of None is the one that the model was published with (`registry`).
+# negative prompt of None is the one that the model was published with (`registry`);
+# denoising_steps is the list of a model that was distilled to a few steps.
 SAMPLING = {
     "sampler": "unipc",
     "num_inference_steps": 50,
@@ -49,6 +50,7 @@ SAMPLING = {
     "num_frames": 81,
     "time_grid": "diffusers",
     "negative_prompt": None,
+    "denoising_steps": None,
 }
 # What the original's generate.py does unless told otherwise.
 ORIGINAL_SAMPLING = {**SAMPLING, "flow_shift": 5.0, "time_grid": "original"}

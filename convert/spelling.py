@@ -18,6 +18,9 @@ _SIGNS = (
     ("text_encoder", "transformers", r"encoder\.block\.\d+\.layer\..*"),
 )
 
+# Between the components of keys, where PyTorch's FSDP, checkpointing or compilation wrap modules.
+_WRAPS = re.compile(r"_(?:fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
+
 # Beside the weights in some files, and no parameters: a tokenizer in the text encoder's.
 IGNORED = ("spiece_model",)
 
@@ -32,7 +35,7 @@ class Spelling:
 
     def translate(self, keys: Iterable[str]) -> dict[str, str]:
         """Each key and its name in diffusers' or transformers' checkpoints; unknown ones as is."""
-        plain = {key: key.removeprefix(self.prefix) for key in keys}
+        plain = {key: _unwrapped(key).removeprefix(self.prefix) for key in keys}
         if self.names != "original":
             return plain
         rules = original.names(self.part, _num_res_blocks(plain.values()))
@@ -42,12 +45,17 @@ class Spelling:
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Spelling | None:
     """The spelling of a file's keys, None if they are of no part of Wan2.1."""
-    for prefix in (*(p for p in PREFIXES if any(key.startswith(p) for key in shapes)), ""):
-        plain = [key.removeprefix(prefix) for key in shapes if key.startswith(prefix)]
+    keys = [_unwrapped(key) for key in shapes]
+    for prefix in (*(p for p in PREFIXES if any(key.startswith(p) for key in keys)), ""):
+        plain = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
         for part, names, sign in _SIGNS:
             if any(re.fullmatch(sign, key) for key in plain):
                 return Spelling(part, names, prefix)
     return None
+
+
+def _unwrapped(key: str) -> str:
+    return _WRAPS.sub("", key)
 
 
 def _num_res_blocks(keys: Iterable[str]) -> int:

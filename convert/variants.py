@@ -12,9 +12,12 @@ FLF2V = "a first-and-last-frame model (FLF2V)"
 VACE = "a VACE model"
 A14B = "Wan2.2's A14B, two transformers in turn"
 TI2V = "Wan2.2's TI2V-5B"
+CAUSAL = "a causal model (Self-Forcing, CausVid's autoregressive one), which makes frames in blocks"
+VSA = "a model of FastVideo's sparse attention (VSA, as FastWan), whose gates belong to it"
 
 # The values that say so in a config.json or model_index.json, the most special first.
 _BY_VALUE = (
+    (CAUSAL, "_class_name", ("CausalWanModel", "CausalWanTransformer3DModel")),
     (VACE, "model_type", ("vace",)),
     (VACE, "_class_name", ("WanVACEPipeline", "WanVACETransformer3DModel", "VaceWanModel")),
     (TI2V, "model_type", ("ti2v",)),
@@ -37,6 +40,7 @@ _BY_KEY = (
     (I2V, "added_kv_proj_dim"),
 )
 _BY_TENSOR = (
+    (VSA, r"\.to_gate_compress\."),
     (VACE, r"vace_(blocks|patch_embedding)\."),
     (FLF2V, r"img_emb\.emb_pos|image_embedder\.pos_embed"),
     (I2V, r"img_emb\.|image_embedder\.|\.k_img\.|\.add_k_proj\."),
@@ -83,11 +87,22 @@ def check_tensors(path: Path | str, part: str, shapes: Mapping[str, tuple[int, .
             raise refuse(path, f"the VAE of {TI2V}")
 
 
-def check_name(path: Path) -> None:
-    """UserError if the files' names say that this is one of A14B's two transformers.
+# Self-Forcing-Plus distils models that see all frames at once.
+_BY_NAME = (
+    (A14B, r"(high|low)_?noise"),
+    (CAUSAL, r"self[_-]?forcing(?![_-]?plus)|causal|autoregressive"),
+)
 
-    Those of its text-to-video model have the keys and shapes of Wan2.1's own.
+
+def check_name(path: Path) -> None:
+    """UserError if the files' names say that this is a variant that nothing else tells.
+
+    One of A14B's two transformers, of its text-to-video model, and causal models have the keys and
+    shapes of Wan2.1's own.
     """
     words = {path.name, *(p.name for p in path.iterdir())} if path.is_dir() else {path.name}
-    if any(re.search(r"(high|low)_?noise", word, re.IGNORECASE) for word in words):
-        raise refuse(path, A14B)
+    if path.parent.name.startswith("autoregressive_checkpoint"):  # CausVid's, with model.pt in it
+        words.add(path.parent.name)
+    for what, pattern in _BY_NAME:
+        if any(re.search(pattern, word, re.IGNORECASE) for word in words):
+            raise refuse(path, what)

@@ -42,7 +42,8 @@ class Contender(NamedTuple):
     """A model to compare.
 
     role: "teacher", "before" (a student before any training) or "after"; source: the folder of its
-    weights; trained_here: whether this run's transfer stage made them.
+    weights; trained_here: whether this run's transfer or distill stage made them; sampling: where
+    it is sampled otherwise than the teacher.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Contender(NamedTuple):
     checkpoint: checkpoints.Checkpoint
     source: str
     trained_here: bool = False
+    sampling: Mapping[str, Any] | None = None
 
 
 def before_name(student: str) -> str:
@@ -84,39 +86,66 @@ def contenders(
     others: Mapping[str, str],
     others_before: bool = True,
     own_before: bool = True,
+    start: str = "",
+    others_sampling: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Contender]:
     """The teacher; WORKDIR/final, if it is there; the `others`: each student and its "before".
 
     others_before, own_before: whether the others, and WORKDIR/final, are compared with what they
     were before any training, too.
+    A distilled model is sampled as its own config.json says, and the one of WORKDIR is compared
+    with its start, the folder that it was distilled from, cut to as many steps. others_sampling: by
+    name, settings in which one differs from the teacher's.
     Text encoder and VAE are the teacher's for all. UserError for a student of other sizes, or a
-    name that is taken.
+    name that is taken or unknown.
     """
     found = [Contender(TEACHER, TEACHER, teacher, str(teacher.path))]
     students = dict(others)
     if clash := {TEACHER, STUDENT} & set(students):
         raise UserError(f"evaluate.others names {clash.pop()!r}, which is taken: choose another.")
+    others_sampling = others_sampling or {}
+    if unknown := set(others_sampling) - set(others):
+        raise UserError(
+            f"evaluate.others_sampling names {unknown.pop()!r}, which is none of evaluate.others."
+        )
     if (workdir / "final").exists():
         students = {STUDENT: str(workdir / "final")} | students
     for name, folder in students.items():
-        own = checkpoints.load(folder, ("transformer",))
-        if own.wan_config.to_dict() != teacher.wan_config.to_dict():
-            raise UserError(
-                f"{folder} has other sizes than {teacher.path}: compare students of one teacher."
-            )
-        student = replace(
-            teacher,
-            path=own.path,
-            config=own.config,
-            wan_config=own.wan_config,
-            transformer=own.transformer,
-        )
-        here = name == STUDENT
-        found.append(Contender(name, "after", student, folder, trained_here=here))
-        if own_before if here else others_before:
-            before = untrained(teacher, own.linear_layers, own.wan_config.feature_map or "hedgehog")
+        student, here = _of_family(teacher, folder), name == STUDENT
+        sampling = few_steps(student) | dict(others_sampling.get(name, {}))
+        found.append(Contender(name, "after", student, folder, here, sampling))
+        if here and start and few_steps(student):
+            before = _of_family(teacher, start)
+            cut = {"num_inference_steps": sampling["num_inference_steps"]}
+            found.append(Contender(before_name(name), "before", before, start, sampling=cut))
+        elif own_before if here else others_before:
+            features = student.wan_config.feature_map or "hedgehog"
+            before = untrained(teacher, student.linear_layers, features)
             found.append(Contender(before_name(name), "before", before, str(teacher.path)))
     return found
+
+
+def _of_family(teacher: checkpoints.Checkpoint, folder: str) -> checkpoints.Checkpoint:
+    """The transformer of a folder with the teacher's other networks; UserError for other sizes."""
+    own = checkpoints.load(folder, ("transformer",))
+    if own.wan_config.to_dict() != teacher.wan_config.to_dict():
+        raise UserError(
+            f"{folder} has other sizes than {teacher.path}: compare students of one teacher."
+        )
+    return replace(
+        teacher,
+        path=own.path,
+        config=own.config,
+        wan_config=own.wan_config,
+        transformer=own.transformer,
+    )
+
+
+def few_steps(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
+    """How a distilled model is sampled, by its config.json; nothing for another one."""
+    own = checkpoint.sampling
+    names = ("sampler", "num_inference_steps", "guidance_scale", "flow_shift", "denoising_steps")
+    return {name: own[name] for name in names} if own["denoising_steps"] else {}
 
 
 def stored(path: Path, fingerprint: str) -> Columns | None:

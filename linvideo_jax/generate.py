@@ -75,18 +75,19 @@ def plan(
     numbers depend on a little. UserError if the folder holds videos that were made otherwise: they
     could not be told apart.
     """
+    run = _plain(settings)
     made = {
         "checkpoint": str(pipeline.checkpoint.path),
         "checkpoint_fingerprint": fingerprint(pipeline.checkpoint),
-        "settings": asdict(settings),
+        "settings": run,
         "dtype": str(pipeline.dtype),
         **options,
     }
     videos = {}
     for request in requests:
-        own = asdict(request.settings).items() - asdict(settings).items()
+        own = {k: v for k, v in sorted(_plain(request.settings).items()) if v != run[k]}
         entry = {"prompt": request.prompt, "seed": request.seed}
-        videos[request.name] = entry | ({"settings": dict(sorted(own))} if own else {})
+        videos[request.name] = entry | ({"settings": own} if own else {})
     if (out / MANIFEST).exists():
         before = read_json(out / MANIFEST)
         changed = _differences(before, made) or _clashes(before, videos)
@@ -96,6 +97,11 @@ def plan(
             )
         videos = before["videos"] | videos
     return made | {"videos": videos}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def _differences(before: dict[str, Any], made: dict[str, Any]) -> str:

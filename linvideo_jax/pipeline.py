@@ -1,6 +1,6 @@
 """Prompts and seeds to latents and videos, with any checkpoint."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
@@ -42,7 +42,8 @@ class Settings:
     """How a video is sampled; a UserError names the field that is out of range.
 
     height, width in px; guidance_scale 1 is no guidance; flow_shift 1 is an even time grid;
-    time_grid is that of diffusers or of Wan's original code.
+    time_grid is that of diffusers or of Wan's original code; denoising_steps, the list of a
+    distilled model (timesteps before the shift, from 1000 down), takes its place.
     """
 
     height: int
@@ -54,15 +55,50 @@ class Settings:
     sampler: str
     negative_prompt: str = ""
     time_grid: str = "diffusers"
+    denoising_steps: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        if self.denoising_steps is not None:
+            object.__setattr__(self, "denoising_steps", tuple(map(float, self.denoising_steps)))
         check_settings(**asdict(self))
 
     @classmethod
     def of(cls, checkpoint: Any, **overrides: Any) -> "Settings":
         """The checkpoint's defaults with every override that is not None put in their place."""
-        given = {key: value for key, value in overrides.items() if value is not None}
-        return cls(**{**checkpoint.sampling, **given})
+        return cls(**overridden(checkpoint.sampling, overrides))
+
+    def changed(self, overrides: Mapping[str, Any]) -> "Settings":
+        """These with every override that is not None put in their place."""
+        return Settings(**overridden(asdict(self), overrides))
+
+    def sigmas(self) -> Float[np.ndarray, " steps+1"]:
+        """The time grid, from noise to 0."""
+        return grids.sigma_grid(
+            self.num_inference_steps,
+            self.flow_shift,
+            self.time_grid,
+            self.sampler,
+            self.denoising_steps,
+        )
+
+
+def overridden(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling settings by name, with every override that is not None put in their place.
+
+    Of the count of steps and a distilled model's list, the one that is given decides the other; a
+    sampler that such a model is not sampled with takes its own grid.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    merged = {**defaults, **given}
+    if "denoising_steps" in given:
+        if "num_inference_steps" not in given:
+            merged["num_inference_steps"] = len(given["denoising_steps"])
+    elif merged.get("denoising_steps") is not None and (
+        merged["num_inference_steps"] != len(merged["denoising_steps"])
+        or merged["sampler"] not in solvers.FEW_STEP_SAMPLERS
+    ):
+        merged["denoising_steps"] = None
+    return merged
 
 
 def check_settings(**settings: Any) -> None:
@@ -83,6 +119,25 @@ def check_settings(**settings: Any) -> None:
         value = settings.get(name)
         if value is not None and value not in known:
             raise UserError(f"the {name} {value!r} is unknown: choose one of {', '.join(known)}.")
+    steps = settings.get("denoising_steps")
+    if steps is None:
+        return
+    falling = all(a > b for a, b in zip((1000.001, *steps), (*steps, 0), strict=True))
+    if not steps or not falling:
+        raise UserError(
+            f"denoising_steps is {', '.join(f'{step:g}' for step in steps) or 'empty'}: give "
+            "timesteps that fall from at most 1000 to above 0, such as 1000,750,500,250."
+        )
+    count, sampler = settings.get("num_inference_steps"), settings.get("sampler")
+    if count is not None and count != len(steps):
+        raise UserError(
+            f"num_inference_steps is {count}, but denoising_steps has {len(steps)}: leave one out."
+        )
+    if sampler is not None and sampler not in solvers.FEW_STEP_SAMPLERS:
+        raise UserError(
+            f"denoising_steps goes with the samplers {' and '.join(solvers.FEW_STEP_SAMPLERS)}, "
+            f"not with {sampler}: choose one of those, or leave the list out."
+        )
 
 
 def latent_shape(
@@ -164,6 +219,7 @@ def sampling_network(
 def denoise(
     params: dict[str, Any],
     noise: Float[Array, "videos frames height width channels"],
+    seeds: UInt32[Array, " videos"],
     text: Float[Array, "halves*videos tokens text_dim"],
     lengths: Int[Array, " halves*videos"],
     guidance_scale: Float[Array, ""],
@@ -180,7 +236,8 @@ def denoise(
 
     `text` holds the prompts and, behind them, the negative prompts: both halves pass the network as
     one batch. With the prompts alone there is no guidance. `r` is of layers whose mode is MIX;
-    `layout` as the network takes it.
+    `layout` as the network takes it. `seeds` are of the noise that the sampler "renoise" adds, each
+    video's from its own.
     """
     grid = np.array(sigmas)
     timesteps = grids.network_timesteps(grid, sampler)
@@ -201,7 +258,8 @@ def denoise(
         u, *negative = network(x, time)
         return rectified.guided(u, *negative, guidance_scale) if negative else u
 
-    return solvers.sample(velocity, noise, grid, sampler, times=times)
+    keys = jax.vmap(jax.random.key)(seeds) if sampler == "renoise" else None
+    return solvers.sample(velocity, noise, grid, sampler, times=times, keys=keys)
 
 
 class Pipeline:
@@ -283,9 +341,7 @@ class Pipeline:
         never on its neighbours. `start` takes the place of the seeds' noise.
         """
         shape, negative = self.latent_shape(settings), settings.negative_prompt
-        sigmas = grids.sigma_grid(
-            settings.num_inference_steps, settings.flow_shift, settings.time_grid, settings.sampler
-        )
+        sigmas, seeds = settings.sigmas(), np.asarray(seeds, np.uint32)
         guided = settings.guidance_scale > 1
         self.encode([*prompts, negative] if guided else prompts)
         shortest = len(self.texts[negative]) if guided else 0
@@ -300,7 +356,8 @@ class Pipeline:
                 texts = [prompts[i] for i in filled] + [negative] * (batch_size * guided)
                 latents = denoise(
                     self._turns.params("transformer"),
-                    noise(np.asarray(seeds)[filled], shape) if start is None else start[filled],
+                    noise(seeds[filled], shape) if start is None else start[filled],
+                    jnp.asarray(seeds[filled]),
                     jnp.asarray(self.texts.padded(texts, bucket)),
                     jnp.asarray([len(self.texts[text]) for text in texts], jnp.int32),
                     jnp.float32(settings.guidance_scale),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ MAX_SEED = 2**32 - 1
 LONGEST_NAME = 240
 
 _KINDS = {"prompt": str, "seed": int} | {field.name: field.type for field in fields(Settings)}
-_WORDS = {str: "text", int: "a whole number", float: "a number"}
+_KINDS["denoising_steps"] = list
+_WORDS = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def _row(line: str, place: str) -> Row:
             raise UserError(f"{place} has the unknown key {key!r}: known are {', '.join(_KINDS)}.")
         kind = _KINDS[key]
         fits = (int, float) if kind is float else kind
-        if not isinstance(value, fits) or isinstance(value, bool):
+        wrong = not isinstance(value, fits) or isinstance(value, bool)
+        if wrong or (kind is list and not all(type(step) in (int, float) for step in value)):
             raise UserError(f"{place}: {key} is {value!r}, but it must be {_WORDS[kind]}.")
         if kind is str:
             _unicode(value, place)
@@ -125,7 +127,7 @@ def make_requests(
     """
     made: dict[str, tuple[Request, Row]] = {}
     for i, row in enumerate(rows):
-        mine = Settings(**{**asdict(settings), **row.given})
+        mine = _named(row.place, lambda given=row.given: settings.changed(given))
         if row.given:
             _named(row.place, lambda mine=mine: check(mine))
         first = seed + i * num_samples if row.seed is None else row.seed

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from linvideo_jax import checkpoints, evaluation, report, video
 from linvideo_jax.data import captions
@@ -318,6 +319,57 @@ def test_without_a_classifier_videos_are_compared_with_the_teachers(config, run_
     (tmp_path / "prompts.txt").write_text("one\none\n")
     with pytest.raises(UserError, match="'one' is there twice"):
         evaluate.run(own, workdir)
+
+
+def test_a_distilled_model_is_sampled_as_it_says(teacher, config, tmp_path):
+    """Beside its teacher, its start cut to as many steps, and the teacher at other counts."""
+    few = {
+        "sampler": "renoise",
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "denoising_steps": [1000, 500],
+    }
+    whole = checkpoints.load(teacher)
+    save_student(teacher, tmp_path / "start", (1,))
+    start = checkpoints.load(tmp_path / "start")
+    checkpoints.save(
+        tmp_path / "workdir" / "final",
+        config={**start.config, **few},
+        transformer=start.transformer,
+        vae=whole.vae,
+        text_encoder=whole.text_encoder,
+        tokenizer=whole.tokenizer_folder,
+    )
+    own = ConfigDict(config.to_dict())
+    own.teacher, own.checkpoint = str(teacher), str(tmp_path / "start")
+    own.evaluate.update({"num_prompts": 2, "num_shown": 1, "others_before": False})
+    own.evaluate.others = ConfigDict({"teacher, 2 steps": str(teacher)})
+    own.evaluate.others_sampling = {"teacher, 2 steps": {"num_inference_steps": 2}}
+    evaluate.run(own, tmp_path / "workdir")
+    entries = read(tmp_path / "workdir")["contenders"]
+    assert {
+        name: (entry["sampling"]["num_inference_steps"], entry["sampling"]["sampler"])
+        for name, entry in entries.items()
+    } == {
+        "teacher": (1, "unipc"),
+        "student": (2, "renoise"),
+        "student_before": (2, "unipc"),
+        "teacher, 2 steps": (2, "unipc"),
+    }
+    assert entries["student"]["sampling"]["guidance_scale"] == 1.0
+    assert entries["student_before"]["source"] == str(tmp_path / "start")
+    assert entries["student_before"]["linear_layers"] == [1]
+    assert entries["teacher"]["diversity"] == 1.0
+    low, high = entries["student"]["diversity_interval"]
+    assert low <= entries["student"]["diversity"] <= high
+    folder = tmp_path / "workdir" / "evaluate"
+    table = (folder / "table.md").read_text().splitlines()
+    assert table[0].startswith("|  | linear | steps | guidance | all | digit |")
+    assert table[3].startswith("| Student | 1 of 3 | 2 renoise | 1 |") and len(table) == 6
+    assert Image.open(folder / "contact_sheet.png").size == (190 + 6 * 96 + 32, 16 + 4 * 102 + 32)
+    own.evaluate.others_sampling = {"nobody": {}}
+    with pytest.raises(UserError, match="names 'nobody', which is none of"):
+        evaluate.run(own, tmp_path / "workdir")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Grids, solvers and identities of rectified flow against diffusers, and against themselves."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from linvideo_jax import checkpoints
 from linvideo_jax.flow import grids, rectified, solvers
 
 STEPS = (1, 2, 3, 8, 50)
@@ -133,7 +136,7 @@ def test_grids_of_both_codes():
 def test_straight_flow_is_solved_exactly():
     """From any number of steps: a velocity that does not change along the path has no error."""
     data = NOISE[::-1].copy()
-    for sampler in solvers.SAMPLERS:
+    for sampler in ("unipc", "euler", "dpm++"):
         for steps in (1, 2, 7):
             sigmas = grids.sigma_grid(steps, 3.0)
             final = solvers.sample(lambda x, t: (x - data) / t, NOISE, sigmas, sampler)
@@ -147,11 +150,67 @@ def test_multistep_is_more_accurate_than_euler():
         )
 
     exact = final("unipc", 200)
-    error = {s: np.abs(final(s, 20) - exact).mean() for s in solvers.SAMPLERS}
+    error = {s: np.abs(final(s, 20) - exact).mean() for s in ("unipc", "euler", "dpm++")}
     assert error["unipc"] < 0.5 * error["euler"] and error["dpm++"] < 0.5 * error["euler"]
 
 
+@pytest.mark.parametrize(
+    ("flow_shift", "figures"),
+    [(5, [1000, 937.5, 833.3, 625]), (8, [1000, 960, 888.9, 727.3]), (3, [1000, 900, 750, 500])],
+)
+def test_warped_lists_of_distilled_models(flow_shift, figures):
+    """The figures of Self-Forcing (5), CausVid (8) and FastVideo's 14B (3), of four even steps."""
+    listed = grids.sigma_grid(4, flow_shift, denoising_steps=(1000, 750, 500, 250))
+    even = grids.sigma_grid(4, flow_shift, sampler="renoise")
+    np.testing.assert_allclose(1000 * listed[:-1], figures, atol=0.05)
+    np.testing.assert_allclose(even, listed, rtol=1e-12)
+    assert listed[0] == 1.0 and listed[-1] == 0.0
+    for sampler in solvers.FEW_STEP_SAMPLERS:
+        told = grids.network_timesteps(listed, sampler)
+        np.testing.assert_allclose(told, 1000 * listed[:-1], rtol=1e-6)
+
+
+def test_renoise_is_a_plain_loop_with_noise_of_each_samples_own_key():
+    sigmas, velocity = grids.warped((1000, 757, 522), 1.0), velocity_of(jnp)
+    keys = jax.vmap(jax.random.key)(jnp.array([3, 8], jnp.uint32))
+
+    @jax.jit
+    def run(noise, keys):
+        return solvers.sample(velocity, noise, sigmas, "renoise", keys=keys, trajectory=True)
+
+    final, seen = run(NOISE, keys)
+    x = NOISE
+    for i, (here, after) in enumerate(itertools.pairwise(sigmas)):
+        np.testing.assert_allclose(seen.states[i], x, rtol=1e-4, atol=1e-5)
+        x_0 = x - here * velocity(x, np.float32(here))
+        fresh = [jax.random.normal(jax.random.fold_in(k, i), NOISE.shape[1:]) for k in keys]
+        x = (1 - after) * x_0 + after * np.stack(fresh)
+    np.testing.assert_allclose(final, x, rtol=1e-4, atol=1e-5)
+    alone, _ = run(NOISE[1:], keys[1:])
+    swapped, _ = run(NOISE[::-1].copy(), keys[::-1])
+    np.testing.assert_allclose(alone[0], final[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(swapped, final[::-1], rtol=1e-5, atol=1e-6)
+
+
+def test_euler_hop_over_a_list_is_a_plain_loop_and_what_diffusers_does():
+    """x <- x_0 + s_next u; diffusers' UniPC without history, as a distilled model is exported."""
+    sigmas, velocity = grids.warped((1000, 750, 500, 250), 5.0), velocity_of(jnp)
+    states = our_run(sigmas, "euler")
+    x = NOISE
+    for i, (here, after) in enumerate(itertools.pairwise(sigmas)):
+        u = velocity(x, np.float32(here))
+        x = (x - here * u) + after * u
+        np.testing.assert_allclose(states[i + 1], x, rtol=1e-4, atol=1e-5)
+    scheduler = UniPCMultistepScheduler.from_config(checkpoints.few_step_scheduler(5.0, 4))
+    scheduler.set_timesteps(4)
+    np.testing.assert_allclose(scheduler.sigmas, sigmas, atol=1e-3)
+    # diffusers tells the network whole timesteps: 937 for 937.5.
+    assert relative_error(states, scheduler_run(scheduler)) < 5e-3
+
+
 def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="renoise needs a key for each sample"):
+        solvers.sample(velocity_of(jnp), NOISE, grids.sigma_grid(2, 3.0), "renoise")
     with pytest.raises(ValueError, match="unipc, euler, dpm"):
         solvers.sample(velocity_of(jnp), NOISE, grids.sigma_grid(2, 3.0), "heun")
     with pytest.raises(ValueError, match="diffusers, original"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from linvideo_jax.data import digits
-from linvideo_jax.metrics import agreement, frechet, motion, quality
+from linvideo_jax.metrics import agreement, diversity, frechet, motion, quality
 
 NUM_CLIPS, NUM_FRAMES = 12, 25
 
@@ -127,3 +127,25 @@ def test_intervals():
     # Seeds that all do the same add nothing to what is known of the prompts.
     assert agreement.gap_closed(*(np.repeat(one, 3, 0) for one in trio)) == (gap, low, high)
     assert np.isnan(agreement.gap_closed(*[trio[0]] * 3)).all()
+
+
+def test_diversity_falls_as_samples_of_a_prompt_collapse():
+    """Normal samples of unit deviation lie sqrt(2) apart; mixed with their mean, less."""
+    rng = np.random.default_rng(0)
+    teachers = rng.normal(size=(3, 20, 4, 5, 50))
+    spread = diversity.spread(teachers)
+    assert spread.shape == (20,) and np.all(np.abs(spread - np.sqrt(2)) < 0.1)
+    by_hand = [
+        np.sqrt(((teachers[a, 7] - teachers[b, 7]) ** 2).mean())
+        for a, b in ((0, 1), (0, 2), (1, 2))
+    ]
+    np.testing.assert_allclose(spread[7], np.mean(by_hand), rtol=1e-5)
+    assert diversity.kept(spread, spread) == (1.0, 1.0, 1.0)
+    for share in (0.0, 0.6):
+        collapsed = share * teachers + (1 - share) * teachers.mean(0)
+        kept, low, high = diversity.kept(diversity.spread(collapsed), spread)
+        assert low - 1e-6 <= kept <= high + 1e-6 and kept == pytest.approx(share, abs=1e-5)
+    # All but five prompts collapsed: the interval says how little five of twenty tell.
+    some = np.where(np.arange(20) < 5, spread, 0.0)
+    kept, low, high = diversity.kept(some, spread)
+    assert kept == pytest.approx(0.25, abs=0.02) and low < 0.15 and high > 0.4

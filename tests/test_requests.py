@@ -1,6 +1,7 @@
 """From prompts and jsonl rows to requests: seeds, settings, file names, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,36 @@ def test_rows_bring_their_own_settings(tmp_path):
     assert requests[4].settings.sampler == "dpm++"
 
 
+FEW = replace(
+    SETTINGS,
+    num_inference_steps=4,
+    sampler="renoise",
+    guidance_scale=1.0,
+    denoising_steps=(1000, 750, 500, 250),
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "count"),
+    [
+        ({}, (1000, 750, 500, 250), 4),
+        ({"sampler": "euler", "flow_shift": 8.0}, (1000, 750, 500, 250), 4),
+        ({"num_inference_steps": 2}, None, 2),
+        ({"sampler": "unipc", "num_inference_steps": 50}, None, 50),
+        ({"sampler": "unipc"}, None, 4),
+        ({"denoising_steps": [1000, 757, 522]}, (1000, 757, 522), 3),
+    ],
+)
+def test_a_distilled_models_list_and_what_takes_its_place(tmp_path, given, steps, count):
+    (row,) = rows_of(tmp_path, {"prompt": "a cat", **given})
+    (request,) = make_requests([row], FEW, 0)
+    assert (request.settings.denoising_steps, request.settings.num_inference_steps) == (
+        steps,
+        count,
+    )
+    assert len(request.settings.sigmas()) == count + 1
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -55,6 +86,12 @@ def test_rows_bring_their_own_settings(tmp_path):
         ({"prompt": "a", "seed": 2**40}, "row 3 of .*: seed is 1099511627776"),
         ({"prompt": "a", "guidance_scale": 0.5}, "row 3 of .*: guidance_scale is 0.5: choose"),
         ('{"prompt": "a", "flow_shift": NaN}', "row 3 of .*: flow_shift is nan: choose"),
+        ({"prompt": "a", "denoising_steps": 4}, "row 3 of .*: denoising_steps is 4, .* a list of"),
+        ({"prompt": "a", "denoising_steps": [9, "8"]}, "row 3 of .*: denoising_steps is .* a list"),
+        (
+            {"prompt": "a", "denoising_steps": [500, 750]},
+            "row 3 of .*: denoising_steps is 500, 750: give timesteps that fall",
+        ),
         ({"prompt": "a", "sampler": "ddim"}, "row 3 of .*: the sampler 'ddim' is unknown"),
         (r'{"prompt": "\ud800"}', "row 3 of .* no Unicode"),
     ],

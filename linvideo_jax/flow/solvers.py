@@ -3,7 +3,8 @@
 UniPC (order 2, B(h) = expm1, data prediction; Zhao et al. 2023), DPM-Solver++ (2M, midpoint; Lu
 et al. 2022) and Euler all build the next state linearly from earlier states and data predictions
 m_i = x_i - sigma_i u_i, so a solver is two rows of numbers a step: the corrector's and the
-predictor's.
+predictor's. Distilled models take a few steps by Euler, or by "renoise", which adds fresh noise to
+m_i.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
-SAMPLERS = ("unipc", "euler", "dpm++")
+SAMPLERS = ("unipc", "euler", "dpm++", "renoise")
+FEW_STEP_SAMPLERS = ("renoise", "euler")
 
 
 class SolverTable(NamedTuple):
@@ -43,6 +45,20 @@ def euler_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
     """x_{i+1} = x_i + (s_{i+1} - s_i) u_i, written with m_i = x_i - s_i u_i."""
     ratio = sigmas[1:] / sigmas[:-1]
     return SolverTable(_no_corrector(len(ratio)), np.stack([ratio, 1 - ratio, 0 * ratio], axis=1))
+
+
+def renoise_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
+    """x_{i+1} = (1 - s_{i+1}) m_i + s_{i+1} eps with fresh noise, which `sample` adds: DMD2's."""
+    kept = 1 - sigmas[1:]
+    return SolverTable(_no_corrector(len(kept)), np.stack([0 * kept, kept, 0 * kept], axis=1))
+
+
+def renoise_noise(
+    keys: Key[Array, " batch"], step: Int[Array, ""] | int, like: Float[Array, "batch ..."]
+) -> Float[Array, "batch ..."]:
+    """The fresh noise after step `step`, each sample's from its own key alone."""
+    draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), like.shape[1:]))
+    return draw(keys)
 
 
 def _half_log_snr(sigmas: Float[np.ndarray, " steps+1"]) -> Float[np.ndarray, " steps"]:
@@ -110,6 +126,7 @@ def sample(
     trajectory: bool = False,
     has_aux: bool = False,
     times: Any = None,
+    keys: Key[Array, " batch"] | None = None,
 ):
     """Integrates dx/dsigma = velocity from sigmas[0] to sigmas[-1] = 0; works inside jit.
 
@@ -118,11 +135,12 @@ def sample(
         `times`.
       noise: the state at sigmas[0], float32.
       sigmas: concrete, falling, the last one 0 (`grids.sigma_grid`).
-      sampler: "unipc", "euler" or "dpm++".
+      sampler: "unipc", "euler", "dpm++" or "renoise".
       trajectory: also return what the network saw and said.
       has_aux: `velocity` returns (velocity, anything); also return its anythings, stacked by step.
       times: what `velocity` receives as time, in float32: an array or a tree of arrays with a row
         a step; the sigmas if None.
+      keys: of "renoise" alone: one a sample on axis 0, from which its fresh noise is drawn.
 
     Returns:
       The state at 0, float32, of noise's shape; with `trajectory` the pair (state, Trajectory),
@@ -130,28 +148,37 @@ def sample(
       with `has_aux` the pair (state, stacked aux).
 
     Raises:
-      ValueError: an unknown sampler.
+      ValueError: an unknown sampler, or "renoise" without keys.
     """
     sigmas = np.asarray(sigmas, np.float64)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    tables = {"unipc": unipc_table, "euler": euler_table, "dpm++": dpm_table}
+    if sampler == "renoise" and keys is None:
+        raise ValueError("renoise needs a key for each sample")
+    tables = {
+        "unipc": unipc_table,
+        "euler": euler_table,
+        "dpm++": dpm_table,
+        "renoise": renoise_table,
+    }
     table = tables[sampler](sigmas)
     times = sigmas[:-1] if times is None else times
 
     def step(carry, row):
         x, last, m1, m2 = carry
-        sigma, time, c, p = row
+        sigma, sigma_next, time, c, p, index = row
         v, aux = velocity(x, time) if has_aux else (velocity(x, time), None)
         v = v.astype(jnp.float32)
         m = x - sigma * v
         corrected = c[0] * x + c[1] * last + c[2] * m + c[3] * m1 + c[4] * m2
         following = p[0] * corrected + p[1] * m + p[2] * m1
+        if sampler == "renoise":
+            following += sigma_next * renoise_noise(keys, index, x)
         return (following, corrected, m, m1), (aux if has_aux else (x, v) if trajectory else None)
 
     noise = jnp.asarray(noise, jnp.float32)
-    rows = (sigmas[:-1], times, table.corrector, table.predictor)
-    rows = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), rows)
+    rows = (sigmas[:-1], sigmas[1:], times, table.corrector, table.predictor)
+    rows = (*(jnp.asarray(a, jnp.float32) for a in rows), jnp.arange(len(times)))
     empty = jnp.zeros_like(noise)
     (x, *_), seen = jax.lax.scan(step, (noise, empty, empty, empty), rows)
     if has_aux:

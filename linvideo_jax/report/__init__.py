@@ -13,10 +13,12 @@ def write(workdir: Path) -> Path:
     """Writes WORKDIR/report.html from what is there, whole or not at all.
 
     Of a run that is not evaluated, or is trained on since, that is its training so far. UserError
-    if neither the evaluate stage nor a transfer has left anything.
+    if neither the evaluate stage nor transfer or distill has left anything.
     """
     workdir = Path(workdir)
-    state, evaluated = workdir / "state" / "transfer", workdir / "evaluate" / "metrics.json"
+    stages = [workdir / "state" / stage for stage in ("distill", "transfer")]
+    state = next((folder for folder in stages if folder.exists()), stages[-1])
+    evaluated = workdir / "evaluate" / "metrics.json"
     log = loop.read_metrics(state)
     facts = loop.read_json(state / "facts.json") if (state / "facts.json").exists() else {}
     samples = [

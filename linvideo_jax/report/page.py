@@ -234,6 +234,10 @@ def _table(metrics):
     ):
         if key in entries[TEACHER]:
             columns.append((name, _figure(key)))
+    if "diversity" in entries[TEACHER]:
+        columns.append(("diversity, of the teacher's", _figure("diversity")))
+    if "sampling" in entries[TEACHER]:
+        columns.append(("steps", lambda entry: f"{entry['sampling']['num_inference_steps']}"))
     columns.append(("s a video", _figure("seconds_per_video")))
     head = "".join(f'<th scope="col">{name}</th>' for name, _ in columns)
     body = "".join(

@@ -21,7 +21,11 @@ _NAMES = {
     "regulariser": "Regulariser of r",
     "alpha": "alpha, the regulariser's sharpness",
     "mixed_layers": "Layers still mixed",
+    "generator_loss": "Loss of the generator (DMD2); its size says little",
+    "sample_deviation": "Standard deviation of the generator's samples",
+    "exit_step": "Step of the sampling that was trained (from 0)",
     "gradient_norm": "Gradient norm",
+    "fake_gradient_norm": "Gradient norm of the fake score",
     "seconds_per_step": "Seconds a step",
     "attention_errors": "Error of each layer's linear attention, while the maps are fitted",
 }
@@ -64,9 +68,9 @@ def section(
             panel = _scalar(log, key, lines_only)
         panels.append(_panel(_NAMES.get(key, key), panel))
     parts.append(f'<div class="panels">{"".join(panels)}</div>')
+    heading = "Training: r and losses" if r else "Training: losses"
     return (
-        f'<section id="training"><h2>Training: r and losses</h2>{"".join(parts)}</section>\n'
-        f"{_samples(samples)}"
+        f'<section id="training"><h2>{heading}</h2>{"".join(parts)}</section>\n{_samples(samples)}'
     )
 
 
@@ -91,11 +95,19 @@ def _note(log):
         if forwards
         else ""
     )
-    return (
-        f"<p>{log[-1]['step']:,} updates in {minutes:.1f} minutes.{count} r is the share of "
-        "softmax in a layer's attention: at 1 it is all softmax, at 0 all linear. "
-        '<span style="color:var(--linear)">Green</span> are the layers that became linear.</p>'
+    legend = (
+        " r is the share of softmax in a layer's attention: at 1 it is all softmax, at 0 all "
+        'linear. <span style="color:var(--linear)">Green</span> are the layers that became linear.'
     )
+    return (
+        f"<p>{log[-1]['step']:,} updates in {minutes:.1f} minutes{_pace(log)}.{count}"
+        f"{legend if any('r' in line for line in log) else ''}</p>"
+    )
+
+
+def _pace(log):
+    paces = [line["seconds_per_step"] for line in log if "seconds_per_step" in line]
+    return f", {median(paces):.3g} s each (the median)" if paces else ""
 
 
 def _panel(heading, chart):

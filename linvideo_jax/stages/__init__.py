@@ -11,8 +11,8 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel import mesh as meshes
 
-SHARED = ("collect", "transfer", "distill", "smoke")
-STAGES = ("pretrain", "collect", "profile", "transfer", "evaluate", "smoke")
+SHARED = ("collect", "transfer", "smoke")
+STAGES = ("pretrain", "collect", "profile", "transfer", "distill", "evaluate", "smoke")
 
 
 def needs_workdir(config) -> bool:

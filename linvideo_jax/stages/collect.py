@@ -85,7 +85,13 @@ class Teacher:
         self.checkpoint = turns.open_folder(config.checkpoint)
         heads = self.checkpoint.wan_config.num_attention_heads
         self._placement = placement or Placement.of_host(config, heads)
-        self.sampling = self.checkpoint.sampling | self.settings.sampling.to_dict()
+        given = self.settings.sampling.to_dict()
+        self.sampling = pipeline.overridden(self.checkpoint.sampling, given)
+        if self.sampling["sampler"] == "renoise":
+            raise UserError(
+                f"{config.checkpoint} is sampled with renoise, whose states are no trajectory: "
+                "choose a teacher that is not distilled."
+            )
         self._pipeline = pipeline.Pipeline(self.checkpoint, config.dtype, placement=self._placement)
 
     @cached_property
@@ -108,12 +114,7 @@ class Teacher:
     def index(self, num_videos: int) -> Index:
         """Of a collection of that many videos, or of all prompts if 0."""
         sampling = self.sampling
-        sigmas = grids.sigma_grid(
-            sampling["num_inference_steps"],
-            sampling["flow_shift"],
-            sampling["time_grid"],
-            sampling["sampler"],
-        )
+        sigmas = pipeline.Settings(**sampling).sigmas()
         size = (sampling[name] for name in ("height", "width", "num_frames"))
         num_prompts = min(len(self._all_prompts), num_videos or len(self._all_prompts))
         tokens = self.checkpoint.tokenizer.encode(self._prompts(num_prompts))[0].shape[1]

@@ -1,6 +1,7 @@
 """Stage evaluate: teacher and students from the same prompts and noise, measured and shown.
 
-Writes `workdir/evaluate/metrics.json`, mp4 files of the first videos, and `workdir/report.html`.
+Writes `workdir/evaluate/metrics.json`, its figures as `table.md`, mp4 files and a contact sheet of
+the first videos, and `workdir/report.html`.
 Moving digits are judged by a classifier. Without one (`evaluate.classifier` is empty), as for real
 Wan, videos are compared with the teacher's, their motion is measured, and all of them are written
 to `workdir/evaluate/vbench/NAME` under the names that VBench looks for.
@@ -32,10 +33,13 @@ from linvideo_jax.evaluation import (
     before_name,
     file_stem,
 )
-from linvideo_jax.metrics import agreement, classifier, flops, frechet, quality
+from linvideo_jax.folders import replacing
+from linvideo_jax.metrics import agreement, classifier, diversity, flops, frechet, quality
 from linvideo_jax.pipeline import Pipeline, Settings, text_bucket
+from linvideo_jax.report import comparison
 
 READS = ("latents", "pixels")
+ON_SHEET = 4  # prompts
 
 
 def run(config, workdir: Path) -> None:
@@ -50,10 +54,18 @@ def run(config, workdir: Path) -> None:
         said, judge = evaluation.said_by(prompts), classifier.load(own.classifier, own.reads)
     else:
         check_unjudged(own.reads, prompts)
-    teacher = checkpoints.load(config.checkpoint)
+    teacher = checkpoints.load(config.get("teacher") or config.checkpoint)
     settings = sampling_settings(own, teacher)
-    before = own.get("others_before", True), own.get("own_before", True)
-    field = evaluation.contenders(teacher, workdir, own.others, *before)
+    field = evaluation.contenders(
+        teacher,
+        workdir,
+        own.others,
+        own.get("others_before", True),
+        own.get("own_before", True),
+        start=config.checkpoint if config.get("teacher") else "",
+        others_sampling=own.get("others_sampling"),
+    )
+    settings_of = {one.name: settings.changed(one.sampling or {}) for one in field}
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
     shared = Path(own.get("shared") or folder)  # what is the teacher's and real clips'
@@ -62,7 +74,8 @@ def run(config, workdir: Path) -> None:
         pixels = None
         for one in field:
             place = shared if one.name == TEACHER else folder
-            made = evaluation.sample(one, prompts, seed, settings, own.batch_size, place)
+            given = (prompts, seed, settings_of[one.name], own.batch_size, place)
+            made = evaluation.sample(one, *given)
             videos[one.name, seed] = made
             if judge is None:
                 columns[one.name, seed] = evaluation.compare(
@@ -92,7 +105,7 @@ def run(config, workdir: Path) -> None:
         "made": made_by(config, settings, field[0]),
         "ceiling": ceiling(judge, own.reads, own.num_frames) if judge else None,
         "contenders": {
-            one.name: summary(one, own.seeds, videos, columns, settings, prompts, real)
+            one.name: summary(one, own.seeds, videos, columns, settings_of[one.name], prompts, real)
             for one in field
         },
         "students": {
@@ -103,6 +116,8 @@ def run(config, workdir: Path) -> None:
         "shown": show(field, own, prompts, said, videos, columns, decode, folder),
     }
     loop.write_json(folder / "metrics.json", metrics)
+    with replacing(folder / "table.md") as temporary:
+        temporary.write_text(comparison.table(metrics), encoding="utf-8")
     report.write(workdir)
     print(report.text(metrics))
     print(f"{workdir / 'report.html'} shows it; all figures are in {folder / 'metrics.json'}")
@@ -223,6 +238,7 @@ def summary(
         "tokens": tokens,
         "flops_per_forward": flops.forward(config, tokens, layers, text),
         "flops_saved": flops.saved(config, tokens, layers, text),
+        "sampling": asdict(settings),
         "seconds": sum(videos[one.name, seed].seconds for seed in seeds),
         "seconds_per_video": float(
             np.median([videos[one.name, seed].seconds_per_video for seed in seeds])
@@ -234,6 +250,12 @@ def summary(
             if name.startswith(("motion.", "quality.", "psnr", "ssim")):
                 found = values[np.isfinite(values)]
                 result[name] = float(found.mean()) if len(found) else None
+    if len(seeds) > 1:
+        spreads = [
+            diversity.spread(np.stack([videos[name, seed].latents for seed in seeds]))
+            for name in (one.name, TEACHER)
+        ]
+        result["diversity"], *result["diversity_interval"] = diversity.kept(*spreads)
     if real is not None:
         result["motion.dynamic_degree"] = quality.dynamic_degree(pooled["motion.speed"])
         enough = len(real) > real.shape[1]  # or the covariance has no full rank
@@ -275,9 +297,13 @@ def show(
     decode: Callable,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """The first `num_shown` prompts of the first seed: mp4 files, and what was read in them."""
+    """The first `num_shown` prompts of the first seed: mp4 files, and what was read in them.
+
+    The first `ON_SHEET` of them are side by side in `contact_sheet.png`, too.
+    """
     seed, count = own.seeds[0], min(own.num_shown, len(prompts))
     shown = [{"prompt": prompt, "videos": {}} for prompt in prompts[:count]]
+    rows = []
     for one in field:
         made = videos[one.name, seed]
         make = functools.partial(decode, made.latents[:count])
@@ -286,6 +312,7 @@ def show(
             evaluation.fingerprint(made.fingerprint, count),
             lambda make=make: {"frames": make()},
         )["frames"]
+        rows.append((one.name, frames))
         seen = evaluation.seen_labels(columns[one.name, seed]) if said else None
         for i, entry in enumerate(shown):
             path = folder / "videos" / f"{i:02d}-{file_stem(one.name)}.mp4"
@@ -293,4 +320,7 @@ def show(
             video.write_mp4(path, frames[i])
             read = evaluation.describe(said, seen, i) if said else []
             entry["videos"][one.name] = {"file": str(path.relative_to(folder)), "read": read}
+    if shown:
+        sheet = comparison.contact_sheet(rows, prompts[: min(count, ON_SHEET)])
+        video.write_png(folder / "contact_sheet.png", sheet)
     return shown

@@ -90,9 +90,20 @@ class Samples:
       student: sizes of the student.
       config: of the run, of whose group evaluate the prompts and the size of the videos are taken.
       count: how many prompts.
+      sampling: how the student is sampled, if not as the teacher is.
+      weights: where in the state the student's are.
     """
 
-    def __init__(self, folder: Path, teacher, student: WanConfig, config, count: int):
+    def __init__(
+        self,
+        folder: Path,
+        teacher,
+        student: WanConfig,
+        config,
+        count: int,
+        sampling: Settings | None = None,
+        weights: str = "params",
+    ):
         self._folder, self._student = folder / SAMPLES, student
         own, self._dtype = config.evaluate, config.dtype
         self._teacher = turns.open_folder(teacher.path)
@@ -102,6 +113,7 @@ class Samples:
         self._prompts = prompt_files.read(own.prompts)[:count]
         size = {"height": own.height, "width": own.width, "num_frames": own.num_frames}
         self._settings = Settings.of(teacher, **size, **own.sampling)
+        self._sampling, self._weights = sampling or self._settings, weights
         self._pipeline = Pipeline(self._teacher, self._dtype, placement=self._placement)
         self._pipeline.latent_shape(self._settings)  # a wrong size is told before training
 
@@ -109,7 +121,7 @@ class Samples:
         path = self._folder / f"{step:07d}.webp"
         if path.exists():
             return
-        params, mode, r = state["params"], state["mode"], state["r"]
+        params, mode, r = state[self._weights], state["mode"], state["r"]
         if hosts.several():
             params, mode, r = whole((params, mode, r))
             if not hosts.is_first():
@@ -122,9 +134,11 @@ class Samples:
             config={**self._teacher.config, "linear_layers": []},
         )
         ours = Pipeline(student, self._dtype, placement=self._placement)
-        ours.mode, ours.r, ours.texts = mode, r, self._pipeline.texts
+        ours.texts = self._pipeline.texts
+        if self._student.feature_map is not None:
+            ours.mode, ours.r = mode, r
         self._folder.mkdir(parents=True, exist_ok=True)
-        frames = self._frames(ours)
+        frames = self._frames(ours, self._sampling)
         sheet = contact_sheet([self._teachers(), frames])
         with folders.replacing(path) as temporary:
             Image.fromarray(sheet).save(temporary, format="webp", quality=80)
@@ -132,14 +146,16 @@ class Samples:
     def _teachers(self) -> UInt8[np.ndarray, "videos frames height width 3"]:
         mark = evaluation.fingerprint(self._prompts, repr(self._settings))
         path = self._folder / "teacher.safetensors"
-        make = lambda: {"frames": self._frames(self._pipeline)}  # noqa: E731
+        make = lambda: {"frames": self._frames(self._pipeline, self._settings)}  # noqa: E731
         return evaluation.remembered(path, mark, make)["frames"]
 
-    def _frames(self, pipeline: Pipeline) -> UInt8[np.ndarray, "videos frames height width 3"]:
+    def _frames(
+        self, pipeline: Pipeline, settings: Settings
+    ) -> UInt8[np.ndarray, "videos frames height width 3"]:
         """A few frames of each video, one video at a time on the device."""
         found = []
         for seed, prompt in enumerate(self._prompts):
-            latents = pipeline.latents([prompt], [seed], self._settings, 1)
+            latents = pipeline.latents([prompt], [seed], settings, 1)
             clip = self._pipeline.decode(latents)[0]
             found.append(clip[video.spread(len(clip), FRAMES_SHOWN)])
         return np.stack(found)

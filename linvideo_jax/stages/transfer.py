@@ -183,23 +183,25 @@ def final_weights(settings) -> str:
     return known[settings.final_weights]
 
 
-def score_network(folder: str, teacher: checkpoints.Checkpoint) -> Params:
+def score_network(
+    folder: str, teacher: checkpoints.Checkpoint, field: str = "transfer.score_network"
+) -> Params:
     """What the score network starts from: the teacher, or the softmax model in `folder`.
 
-    UserError if that has other sizes than the teacher, or linear layers.
+    UserError, which names the `field`, if that has other sizes than the teacher, or linear layers.
     """
     if not folder:
         return teacher.transformer
     own = checkpoints.load(folder, ("transformer",))
     if own.wan_config.to_dict() != teacher.wan_config.to_dict():
         raise UserError(
-            f"transfer.score_network, {folder}, has other sizes than the teacher {teacher.path}: "
+            f"{field}, {folder}, has other sizes than the teacher {teacher.path}: "
             "choose a model of the same sizes, or none for the teacher itself."
         )
     if own.linear_layers:
         raise UserError(
-            f"transfer.score_network, {folder}, has linear layers: choose a model without, or none "
-            "for the teacher itself."
+            f"{field}, {folder}, has linear layers: choose a model without, or none for the "
+            "teacher itself."
         )
     params = own.transformer
     if own.wan_config.feature_map is not None:

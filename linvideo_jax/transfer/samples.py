@@ -123,7 +123,7 @@ def noise_and_times(
 
 def network_time(t: Float[Array, " batch"], sampler: str) -> Float[Array, " batch"]:
     """What the network is told at t, as `grids.network_timesteps` tells it when sampling."""
-    return 1000.0 * t if sampler == "euler" else jnp.floor(1000.0 * t)
+    return jnp.floor(1000.0 * t) if sampler in ("unipc", "dpm++") else 1000.0 * t
 
 
 class Points(NamedTuple):

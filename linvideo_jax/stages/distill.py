@@ -1,0 +1,256 @@
+"""Stage distill: a linearised (or dense) model becomes one of a few steps without guidance (DMD2).
+
+Two networks are trained in turn, the fake score at every step and the generator at each
+`generator_every`-th, from prompts alone. The layers' kinds are those of the checkpoint and stay.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from linvideo_jax import checkpoints, loop, optimizers, report, turns
+from linvideo_jax.data import prompts as prompt_files
+from linvideo_jax.errors import UserError
+from linvideo_jax.flow import solvers
+from linvideo_jax.models import wan
+from linvideo_jax.models.module import Params
+from linvideo_jax.parts import flatten
+from linvideo_jax.pipeline import Pipeline, Settings, check_settings, latent_shape, overridden
+from linvideo_jax.stages import monitoring, transfer
+from linvideo_jax.text import text_bucket
+from linvideo_jax.transfer import distill_training, distillation, scores, selection, training
+from linvideo_jax.transfer.distill_training import Knobs, Recipe, Texts
+
+
+def run(config, workdir: Path) -> None:
+    """Trains and writes the generator's moving average to `workdir/final`."""
+    settings, workdir = config.distill, Path(workdir)
+    check(settings)
+    teacher = load_teacher(config.teacher)
+    student = checkpoints.load(config.checkpoint, ("transformer",))
+    check_student(student, teacher, settings)
+    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
+    sampling = few_step_sampling(teacher, settings)
+    prompts = Prompts(
+        config.prompts,
+        Pipeline(turns.open_folder(config.teacher), config.dtype),
+        sampling.negative_prompt,
+        settings.batch_size,
+    )
+    size = (sampling.height, sampling.width, sampling.num_frames)
+    wan_config, params, r, mode = start(student, config)
+    recipe = Recipe.of(
+        settings,
+        student=wan_config,
+        teacher=teacher.wan_config,
+        fake=teacher.wan_config,
+        sigmas=sampling.sigmas(),
+        shape=latent_shape(teacher.wan_config, teacher.vae_config, *size),
+        dtype=config.dtype,
+    )
+    fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
+    schedule = optimizers.warmup_cosine(
+        1.0, settings.num_steps, settings.lr_warmup_steps, settings.final_learning_rate
+    )
+    guidance_scale = distillation.standard_guidance(
+        settings.guidance_scale, settings.guidance_convention
+    )
+    seed = jax.random.key(config.seed)
+
+    def step_of_run(state, step):
+        if settings.one_stage and step == settings.round_at:
+            state = transfer.chosen(state, None, config.transfer, workdir)
+        knobs = knobs_at(config, step, guidance_scale, schedule(step + 1))
+        critic, actor = jax.random.split(jax.random.fold_in(seed, step))
+        metrics = {}
+        if step % settings.generator_every == settings.generator_every - 1:
+            texts = prompts.draw(config.seed, 2 * step + 1)
+            state, metrics = distill_training.update_generator(
+                recipe, state, teacher.transformer, texts, knobs, actor
+            )
+        texts = prompts.draw(config.seed, 2 * step)
+        state, more = distill_training.update_fake_score(recipe, state, texts, knobs, critic)
+        return state, metrics | more
+
+    folder = workdir / "state" / "distill"
+    events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
+    if settings.sample_every:
+        shown = (wan_config, config, settings.sample_prompts)
+        event = monitoring.Samples(folder, teacher, *shown, sampling=sampling, weights="ema")
+        events.insert(0, (settings.sample_every, event))
+    marks = [[settings.round_at, "rounded"]] if settings.one_stage else []
+    facts = {"num_steps": settings.num_steps, "marks": marks}
+    loop.write_json(folder / monitoring.FACTS, facts)
+    state = loop.run(
+        "distill",
+        step_of_run,
+        distill_training.initial_state(recipe, params, fake, r, mode),
+        num_steps=settings.num_steps,
+        folder=folder,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+        keep=settings.keep,
+        guard=loop.Guard("loss", settings.divergence_factor, settings.divergence_steps),
+        events=events,
+        profile_at=settings.profile_at,
+    )
+    report.write(workdir)
+    save(workdir / "final", student, beside, recipe, state, sampling)
+
+
+def check(settings) -> None:
+    """UserError for what `config.distill` cannot mean, before anything is loaded."""
+    if settings.sampler not in solvers.FEW_STEP_SAMPLERS:
+        raise UserError(
+            f"distill.sampler is {settings.sampler!r}: choose one of "
+            f"{', '.join(solvers.FEW_STEP_SAMPLERS)}."
+        )
+    check_settings(denoising_steps=settings.denoising_steps)
+    distillation.standard_guidance(settings.guidance_scale, settings.guidance_convention)
+    if settings.log_every % settings.generator_every:
+        raise UserError(
+            f"distill.log_every is {settings.log_every}: choose a multiple of generator_every, "
+            f"{settings.generator_every}, so that every line has both losses."
+        )
+    if settings.one_stage and not 0 < settings.round_at < settings.num_steps:
+        raise UserError(
+            f"distill.round_at is {settings.round_at}: choose a step above 0 and below num_steps, "
+            f"{settings.num_steps}."
+        )
+
+
+def load_teacher(folder: str) -> checkpoints.Checkpoint:
+    """The frozen teacher; UserError without one, or for one that has linear layers."""
+    if not folder:
+        raise UserError("teacher is empty: name the folder of the model to learn from.")
+    teacher = checkpoints.load(folder, ("transformer",))
+    if teacher.linear_layers:
+        raise UserError(f"the teacher {folder} has linear layers: name the model it came from.")
+    return teacher
+
+
+def check_student(student, teacher, settings) -> None:
+    """UserError if the checkpoint cannot be distilled from this teacher as `settings` ask."""
+    ours, theirs = student.wan_config, teacher.wan_config
+    for name in ("patch_size", "in_channels", "out_channels", "text_dim"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UserError(
+                f"{student.path} has {name} {getattr(ours, name)}, the teacher {teacher.path} "
+                f"{getattr(theirs, name)}: choose two models of one family."
+            )
+    if settings.one_stage and student.linear_layers:
+        raise UserError(
+            f"{student.path} has linear layers already, and distill.one_stage chooses them: start "
+            "from a model without, or leave one_stage out."
+        )
+    if settings.require_selection and not settings.one_stage and not student.linear_layers:
+        raise UserError(
+            f"{student.path} has no linear layers: give what the transfer stage made, or distil a "
+            "dense model by --config.distill.require_selection=False."
+        )
+
+
+def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
+    """How the generator is sampled, in training and after; UserError for a list that cannot be."""
+    steps = tuple(settings.denoising_steps)
+    few = {
+        "sampler": settings.sampler,
+        "num_inference_steps": len(steps),
+        "denoising_steps": steps,
+        "guidance_scale": 1.0,
+        "flow_shift": settings.flow_shift if settings.warp_steps else 1.0,
+    }
+    return Settings(**overridden(teacher.sampling, settings.sampling.to_dict() | few))
+
+
+class Prompts:
+    """Embeddings of a file's prompts in the host's memory, from which batches are drawn.
+
+    The pipeline, and with it the text encoder, is let go of once they are made.
+    """
+
+    def __init__(self, path: str, pipeline: Pipeline, negative: str, batch_size: int):
+        self._prompts, self._negative = prompt_files.read(path), negative
+        pipeline.encode([*self._prompts, negative])
+        self._texts, self._batch_size = pipeline.texts, batch_size
+        longest = max(len(self._texts[prompt]) for prompt in (*self._prompts, negative))
+        self._tokens = text_bucket(longest)
+
+    def draw(self, seed: int, number: int) -> Texts:
+        """The texts of batch `number`; the same on every host."""
+        rows = np.random.default_rng([seed, number]).integers(
+            len(self._prompts), size=self._batch_size
+        )
+        return Texts(
+            *self._padded([self._prompts[row] for row in rows]),
+            *self._padded([self._negative] * self._batch_size),
+        )
+
+    def _padded(self, prompts):
+        lengths = np.array([len(self._texts[prompt]) for prompt in prompts], np.int32)
+        return self._texts.padded(prompts, self._tokens), lengths
+
+
+def start(student: checkpoints.Checkpoint, config) -> tuple[wan.WanConfig, Params, Any, Any]:
+    """(sizes, parameters, r, mode) that the generator begins with.
+
+    In one stage it is the teacher with initial feature maps and every layer mixed, as the transfer
+    stage begins; else the checkpoint, each layer of the kind that it has there.
+    """
+    layers, sizes = student.wan_config.num_layers, student.wan_config
+    if config.distill.one_stage:
+        selection.check(config.transfer, layers)
+        sizes = training.student_config(sizes)
+        begin = training.initial_state(config.transfer, sizes, student.transformer)
+        return sizes, begin["params"], begin["r"], begin["mode"]
+    linear = np.isin(np.arange(layers), student.linear_layers)
+    mode = np.where(linear, wan.LINEAR, wan.SOFTMAX)
+    return sizes, student.transformer, np.where(linear, 0.0, 1.0), mode
+
+
+def knobs_at(config, step: int, guidance_scale: float, rate) -> Knobs:
+    """The knobs of a step; rate: the share of both learning rates."""
+    settings = config.distill
+    knobs = Knobs(
+        generator_rate=settings.learning_rate * rate,
+        fake_rate=settings.fake_learning_rate * rate,
+        guidance_scale=guidance_scale,
+        flow_shift=settings.flow_shift,
+        normalise=settings.normalise,
+        ema_decay=settings.ema_decay,
+        ema_age=step // settings.generator_every,
+    )
+    if not settings.one_stage or step >= settings.round_at:
+        return knobs
+    own = config.transfer
+    return knobs._replace(
+        r_learning_rate=own.r_learning_rate,
+        lambda_=own.lambda_,
+        alpha=scores.annealed_alpha(step / settings.round_at, *own.alpha),
+        target=own.target,
+    )
+
+
+def save(folder: Path, student, beside, recipe: Recipe, state, sampling: Settings) -> None:
+    """Writes the generator's average with the student's other networks, `beside` by part.
+
+    Its config.json says how it is sampled, so that no flag is needed.
+    """
+    linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
+    checkpoints.save_flat(
+        folder,
+        config=checkpoints.make_config(
+            recipe.student,
+            student.vae_config,
+            student.umt5_config,
+            linear_layers=linear,
+            sampling=asdict(sampling),
+        ),
+        flat={"transformer": flatten(jax.device_get(state["ema"])), **beside},
+        tokenizer=student.tokenizer_folder,
+        scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, sampling.num_inference_steps),
+        source=str(student.path),
+    )

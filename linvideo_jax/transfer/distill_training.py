@@ -1,0 +1,249 @@
+"""The training of a few-step generator: its state, and the updates of both networks."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from linvideo_jax import optimizers
+from linvideo_jax.errors import UserError
+from linvideo_jax.flow import rectified
+from linvideo_jax.models import wan
+from linvideo_jax.models.module import Params
+from linvideo_jax.transfer import distillation, scores, training
+from linvideo_jax.transfer.objectives import Latents, Velocity
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Static: another value is another program. The fake score has the sizes of `fake`.
+
+    sigmas: of the steps, a 0 behind them; shape: of one video's latents; moving_scores: whether
+    layers are still chosen by scores (transfer and distillation in one stage).
+    """
+
+    student: wan.WanConfig
+    teacher: wan.WanConfig
+    fake: wan.WanConfig
+    sigmas: tuple[float, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    batch_size: int
+    remat: str
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+    moving_scores: bool = False
+    # The network is told 1000 t as it is, as the few-step samplers tell it.
+    sampler: str = "renoise"
+
+    @classmethod
+    def of(cls, settings, student, teacher, fake, sigmas, shape, dtype) -> "Recipe":
+        """From `config.distill`; UserError for a count below 1."""
+        for name in ("batch_size", "generator_every"):
+            if settings[name] < 1:
+                raise UserError(f"distill.{name} is {settings[name]}: choose 1 or more.")
+        return cls(
+            student,
+            teacher,
+            fake,
+            tuple(np.asarray(sigmas).tolist()),
+            tuple(shape),
+            np.dtype(dtype),
+            settings.batch_size,
+            settings.remat,
+            tuple(settings.betas),
+            settings.weight_decay,
+            settings.clip_norm,
+            settings.one_stage,
+        )
+
+
+class Knobs(NamedTuple):
+    """Runtime arguments of the updates. The last four are of one stage alone."""
+
+    generator_rate: jax.Array | float
+    fake_rate: jax.Array | float
+    guidance_scale: float
+    flow_shift: float
+    normalise: bool
+    ema_decay: float
+    ema_age: int
+    r_learning_rate: float = 0.0
+    lambda_: float = 0.0
+    alpha: jax.Array | float = 2.0
+    target: int = 0
+
+
+class Texts(NamedTuple):
+    """Embeddings of a batch of prompts, padded alike, and of the negative prompt for each."""
+
+    text: Float[Array, "batch tokens text_dim"]
+    lengths: Int[Array, " batch"]
+    negative_text: Float[Array, "batch tokens text_dim"]
+    negative_lengths: Int[Array, " batch"]
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW of rate 1 behind a clipped gradient, for both networks."""
+    b1, b2 = recipe.betas
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.adam(1.0, b1, b2),
+        optimizers.decay_of_matrices(recipe.weight_decay),
+    )
+
+
+def initial_state(
+    recipe: Recipe, student: Params, fake: Params, r: np.ndarray, mode: np.ndarray
+) -> State:
+    """Both networks with their optimisers, the generator's average, and every layer's kind."""
+    student, fake = (jax.tree.map(jnp.asarray, params) for params in (student, fake))
+    return {
+        "params": student,
+        "optimizer": optimizer(recipe).init(student),
+        "ema": student,
+        "fake": {"params": fake, "optimizer": optimizer(recipe).init(fake)},
+        "r": jnp.asarray(r, jnp.float32),
+        "mode": jnp.asarray(mode, jnp.int32),
+    }
+
+
+def generator(recipe: Recipe, params: Params, r, mode, texts: Texts, remat="none") -> Velocity:
+    """The student's velocity for a batch's prompts."""
+    kinds = {} if recipe.student.feature_map is None else {"r": r, "mode": mode}
+    return _on(training.network(recipe, recipe.student, params, remat=remat, **kinds), texts)
+
+
+def _on(velocity, texts: Texts) -> Velocity:
+    return lambda x, t: velocity(x, t, texts.text, texts.lengths)
+
+
+def _met(recipe: Recipe, frozen: Velocity, key: jax.Array):
+    """(x_t, t, step): what the generator meets at a random step; the step is the batch's.
+
+    The key is the same on all hosts, and so is the step.
+    """
+    first, exit_key, later = jax.random.split(key, 3)
+    sigmas = np.asarray(recipe.sigmas)
+    step = jax.random.randint(exit_key, (), 0, len(sigmas) - 1)
+    noise = jax.random.normal(first, (recipe.batch_size, *recipe.shape))
+    return *distillation.backward_simulation(frozen, noise, sigmas, step, later), step
+
+
+def _x_0(velocity: Velocity, x: Latents, t: Array) -> Latents:
+    return rectified.x0_from_velocity(x, velocity(x, t), t)
+
+
+def _noised(recipe: Recipe, knobs: Knobs, key: jax.Array):
+    noise, times = jax.random.split(key)
+    t = distillation.draw_times(times, recipe.batch_size, knobs.flow_shift)
+    return jax.random.normal(noise, (recipe.batch_size, *recipe.shape)), t
+
+
+def _applied(recipe: Recipe, params: Params, moments, grads: Params, rate):
+    changes, moments = optimizer(recipe).update(grads, moments, params)
+    return optimizers.apply(params, changes, rate), moments
+
+
+@partial(jax.jit, static_argnames="recipe")
+def update_fake_score(recipe: Recipe, state: State, texts: Texts, knobs: Knobs, key: jax.Array):
+    """(state, metrics): flow matching on constant samples of the present generator."""
+    here, there = jax.random.split(key)
+    student = generator(recipe, state["params"], state["r"], state["mode"], texts)
+    x, t, _ = _met(recipe, student, here)
+    x_0 = _x_0(student, x, t)
+    noise, t = _noised(recipe, knobs, there)
+
+    def loss(params):
+        fake = training.network(recipe, recipe.fake, params, remat=recipe.remat)
+        return distillation.fake_score_loss(_on(fake, texts), x_0, noise, t)
+
+    fake = state["fake"]
+    value, grads = jax.value_and_grad(loss)(fake["params"])
+    params, moments = _applied(recipe, fake["params"], fake["optimizer"], grads, knobs.fake_rate)
+    metrics = {"loss": value, "fake_gradient_norm": optax.tree.norm(grads)}
+    return state | {"fake": {"params": params, "optimizer": moments}}, metrics
+
+
+def generator_objective(
+    trained: dict[str, Any],
+    recipe: Recipe,
+    state: State,
+    teacher_params: Params,
+    texts: Texts,
+    knobs: Knobs,
+    key: jax.Array,
+):
+    """(loss, metrics) of `trained`, which holds "params" and "r": DMD2's generator loss.
+
+    With moving scores lambda (L_con + L_reg) is added (LinVideo, eq. 14).
+    """
+    here, there = jax.random.split(key)
+    frozen = jax.lax.stop_gradient((trained["params"], trained["r"]))
+    x, t, step = _met(recipe, generator(recipe, *frozen, state["mode"], texts), here)
+    student = generator(
+        recipe, trained["params"], trained["r"], state["mode"], texts, remat=recipe.remat
+    )
+    x_0 = _x_0(student, x, t)
+    fake = training.network(recipe, recipe.fake, state["fake"]["params"])
+    text = jnp.concatenate([texts.text, texts.negative_text])
+    lengths = jnp.concatenate([texts.lengths, texts.negative_lengths])
+    teacher = distillation.guided(
+        training.network(recipe, recipe.teacher, teacher_params),
+        text,
+        lengths,
+        knobs.guidance_scale,
+    )
+    value = distillation.generator_loss(
+        x_0,
+        *_noised(recipe, knobs, there),
+        _on(fake, texts),
+        teacher,
+        knobs.normalise,
+    )
+    metrics = {"generator_loss": value, "exit_step": step, "sample_deviation": jnp.std(x_0)}
+    if recipe.moving_scores:
+        con = scores.constraint(trained["r"], knobs.target)
+        reg = scores.regulariser(trained["r"], knobs.alpha)
+        value += knobs.lambda_ * (con + reg)
+        metrics |= {"constraint": con, "regulariser": reg, "r": trained["r"]}
+    return value, metrics
+
+
+@partial(jax.jit, static_argnames="recipe")
+def update_generator(
+    recipe: Recipe,
+    state: State,
+    teacher_params: Params,
+    texts: Texts,
+    knobs: Knobs,
+    key: jax.Array,
+):
+    """(state, metrics): one step of the generator against the present fake score.
+
+    Layers keep their kinds; a score moves only in a mixed layer, by plain descent as in transfer.
+    """
+    trained = {"params": state["params"], "r": state["r"]}
+    grads, metrics = jax.grad(generator_objective, has_aux=True)(
+        trained, recipe, state, teacher_params, texts, knobs, key
+    )
+    params, moments = _applied(
+        recipe, state["params"], state["optimizer"], grads["params"], knobs.generator_rate
+    )
+    r = jnp.clip(state["r"] - knobs.r_learning_rate * grads["r"], 0.0, 1.0)
+    average = (params, knobs.ema_decay, knobs.ema_age)
+    new = state | {
+        "params": params,
+        "optimizer": moments,
+        "ema": optimizers.moving_average(state["ema"], *average),
+        "r": jnp.where(state["mode"] == wan.MIX, r, state["r"]),
+    }
+    return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
