@@ -89,7 +89,7 @@ class WanTransformer(nnx.Module):
         """
         config = self.config
         if mode is not None and config.feature_map is None:
-            raise ValueError("modes need a model with a feature map")
+            raise ValueError("modes need a model with a feature_map")
         x, time, block, layers = self._layers(latents, timestep, text, text_lengths, dtype)
 
         def layer(x, inputs):
