@@ -60,13 +60,13 @@ FIELDS = {
     "evaluate.seeds": (0,),
     "evaluate.num_shown": 1,
 }
-# What is being written while a file of such a name is there.
+# What is being written while a file of such a name is there, and how often at most to let it pass.
 MOMENTS = {
-    "any": None,
-    "shard": "pairs/.*",
-    "state": "state/transfer/checkpoints/*orbax-checkpoint-tmp*",
-    "student": ".final.new",
-    "report": ".report.html.part",
+    "any": (None, 0),
+    "shard": ("pairs/.*", 3),
+    "state": ("state/transfer/checkpoints/*orbax-checkpoint-tmp*", 5),
+    "student": (".final.new", 0),
+    "report": (".report.html.part", 20),
 }
 TIMES = ("time", "seconds_per_step")
 
@@ -93,19 +93,20 @@ class Bench:
         known = folder / "undisturbed.json"
         if not known.exists():
             shutil.rmtree(self.wanted, ignore_errors=True)
-            start = time.time()
             code, words = self.attempt(self.wanted, None, "any")
             if code:
                 raise UserError(f"the undisturbed run failed ({code}): {words}")
-            # The first thing that a run writes.
-            first = (self.wanted / "config.json").stat().st_mtime
-            loop.write_json(known, {"startup": first - start})
-        self.startup = loop.read_json(known)["startup"]  # s, before which a kill says little
+            # From the first thing that a run writes to the last.
+            first, last = (
+                (self.wanted / name).stat().st_mtime for name in ("config.json", "report.html")
+            )
+            loop.write_json(known, {"seconds": last - first})
+        self.seconds = loop.read_json(known)["seconds"]
 
-    def attempt(self, workdir: Path, delay: float | None, moment: str) -> tuple[int, str]:
-        """(exit code, last words on standard error) of one command, killed after `delay` seconds.
+    def attempt(self, workdir: Path, rng: random.Random | None, moment: str) -> tuple[int, str]:
+        """(exit code, last words on standard error) of one command, killed at such a moment.
 
-        With a `moment` it is killed at the first such after the delay.
+        Which of them, and for "any" when, is drawn from `rng`; None: it is not killed.
         """
         command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs/digits.py'}"]
         command += [f"--workdir={workdir}", *self._words]
@@ -114,7 +115,7 @@ class Bench:
                 command, cwd=ROOT, env=self._environment, stderr=errors, stdout=errors
             )
             try:
-                self._kill(process, workdir, delay, MOMENTS[moment])
+                self._kill(process, workdir, rng, *MOMENTS[moment])
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -122,18 +123,29 @@ class Bench:
             errors.seek(0)
             return process.returncode, "\n".join(errors.read().splitlines()[-5:])
 
-    def _kill(self, process, workdir, delay, pattern):
-        if delay is None:
+    def _kill(self, process, workdir, rng, pattern, most):
+        if rng is None:
             process.wait()
             return
-        end = time.monotonic() + delay
+        lock = workdir / ".lock"
         while process.poll() is None:
-            late = time.monotonic() > end
-            if late and (pattern is None or any(workdir.glob(pattern))):
+            if lock.exists() and lock.read_text().strip() == str(process.pid):
+                break  # what it does before it has claimed the folder can lose nothing
+            time.sleep(0.02)
+        end = time.monotonic() + rng.uniform(0, self.seconds)
+        left, was_there = rng.randint(0, most), False
+        while process.poll() is None:
+            if pattern is None:
+                now = time.monotonic() > end
+            else:
+                there = any(workdir.glob(pattern))
+                left -= was_there and not there
+                now, was_there = there and left <= 0, there
+            if now:
                 process.send_signal(signal.SIGKILL)
                 return
             # A moment may last a millisecond; looking without pause would slow the run down.
-            time.sleep(0.0005 if late and pattern else 0.02)
+            time.sleep(0.0005 if pattern else 0.01)
 
     def differences(self) -> list[str]:
         """In what the finished run is not the undisturbed one."""
@@ -176,10 +188,9 @@ def run(folder: Path, kills: int, seed: int, fields: dict[str, Any]) -> dict[str
             rng = random.Random(f"{counts['seed']} {counts['kills']} {counts['finished']}")
             last = counts["kills"] >= kills
             moment = rng.choice(list(MOMENTS))
-            delay = None if last else rng.uniform(0.5, 4.0) * bench.startup
             if last and not bench.workdir.exists() and counts["finished"]:
                 return counts
-            code, words = bench.attempt(bench.workdir, delay, moment)
+            code, words = bench.attempt(bench.workdir, None if last else rng, moment)
             if code == -signal.SIGKILL:
                 counts["kills"] += 1
                 counts["by_moment"][moment] = counts["by_moment"].get(moment, 0) + 1

@@ -47,8 +47,8 @@ def convert(argv: Sequence[str]) -> None:
     config, flat, tokenizer, scheduler = checkpoints.read_flat(given["checkpoint"], parts)
     if config["feature_map"] not in (None, "hedgehog"):
         raise UserError(
-            f"{given['checkpoint']} has the feature map {config['feature_map']!r}, which exists "
-            "for ablations and has no PyTorch processor: export a hedgehog student."
+            f"{given['checkpoint']} has the feature map {config['feature_map']!r}, which is for "
+            "ablations and has no PyTorch processor: export a hedgehog student."
         )
     manifest = checkpoints.read_manifest(given["checkpoint"])
     flat = {part: cast(arrays, dtype) for part, arrays in flat.items()}

@@ -26,7 +26,7 @@ def with_gradients(function, **options):
     def run(q, k, v, feature_map, cotangent):
         out, pull = jax.vjp(function, q, k, v, feature_map)
         dq, dk, dv, maps = pull(cotangent.astype(out.dtype))
-        return out, dq, dk, dv, *maps
+        return out, dq, dk, dv, maps.q, maps.k
 
     return jax.jit(run, **options)
 

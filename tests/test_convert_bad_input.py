@@ -381,7 +381,6 @@ LORAS = {
         {"blocks.0.attn3.to_q.lora_A.weight": (2, 2), "clip.alpha": ()},
         ["match nothing: blocks.0.attn3.to_q.lora_A.weight, clip.alpha"],
     ),
-    "of I2V": ({"blocks.0.cross_attn.k_img.diff": (2, 2)}, ["match nothing: blocks.0.cross_attn"]),
     "half a pair": ({DOWN: (2, 32)}, [f"blocks.0.attn1.to_q has only {DOWN}"]),
     "of another width": (
         {DOWN: (2, 48), UP: (32, 2)},
@@ -410,6 +409,14 @@ def test_wrong_lora(tiny_pipeline, tmp_path, capsys, tensors, sentences):
     for sentence in sentences:
         assert sentence in error
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_lora_of_another_kind_of_model_is_refused_by_name(tiny_pipeline, tmp_path, capsys):
+    path = tmp_path / "lora.safetensors"
+    save_file({"blocks.0.cross_attn.k_img.diff": np.ones((2, 2), np.float32)}, path)
+    assert run(from_torch, source=tiny_pipeline.folder, out=tmp_path / "out", lora=path) == 2
+    assert "lora.safetensors is an image-to-video model (I2V): only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def offline(*_, **__):

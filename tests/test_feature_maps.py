@@ -146,5 +146,5 @@ def test_a_student_with_another_map_is_kept_and_sampled_and_not_exported(
     assert np.abs(videos[0] - videos[1]).max() > 1e-4
     words = [f"--checkpoint={tmp_path / 'relu'}", f"--out={tmp_path / 'out'}"]
     assert to_torch.main(["to_torch.py", *words, "--layout=diffusers"]) == 2
-    assert "feature map 'relu', which exists for ablations" in capsys.readouterr().err
+    assert "feature map 'relu', which is for ablations" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from convert.keys import torch_entries
 from kernels.linear_attention import FeatureMap, linear_attention
 from linvideo_jax import video
 from linvideo_jax.flow import grids, rectified, solvers
+from linvideo_jax.models.layout import WHOLE
 from linvideo_jax.models.module import bind
 from linvideo_jax.models.rotary import rotary_axes, rotary_table
 from linvideo_jax.models.wan import LINEAR, WanTransformer
@@ -193,7 +194,7 @@ def test_hedgehog_sees_rotated_queries_and_keys_through_maps_of_their_own():
         out = linear_attention(q, k, v, FeatureMap(q=q_map, k=k_map))
         return attention.to_out(out.reshape(x.shape))
 
-    ours = attention(x, rotation, jnp.float32(0), jnp.int32(LINEAR))
+    ours = attention(x, rotation, jnp.float32(0), jnp.int32(LINEAR), WHOLE)
     np.testing.assert_allclose(ours, expected(rotation, *maps), rtol=1e-4, atol=1e-5)
     for other in (expected(still, *maps), expected(rotation, maps[0], maps[0])):
         assert relative_error(other, ours) > 1e-2

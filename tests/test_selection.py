@@ -15,6 +15,7 @@ LAYERS = 6
 def settings(**changes):
     known = {
         "selection": "selective",
+        "rounding": "target",
         "target": 3,
         "layers": (),
         "selection_seed": 0,
@@ -62,6 +63,7 @@ def test_grid_takes_whole_ranges_and_cuts_the_last():
     ("changes", "message"),
     [
         ({"selection": "greedy"}, "selection is 'greedy': choose one of selective, manual, grid"),
+        ({"rounding": "up"}, "rounding is 'up': choose one of target, nearest"),
         ({"target": 7}, "target is 7: choose 0 to 6"),
         ({"target": -1}, "target is -1: choose 0 to 6"),
         ({"selection": "manual", "layers": (0, 1, 6)}, "names layer 6: the model has layers 0 to"),
@@ -117,3 +119,9 @@ def test_no_more_layers_are_frozen_than_the_target_leaves():
         jnp.array([0.0, 0.0, 1.0, 0.3]), jnp.array([MIX, LINEAR, SOFTMAX, MIX]), 1
     )
     assert layers == (1,) and told["rounded"] == 3
+
+
+def test_rounding_to_the_nearest_takes_whatever_number_comes_out():
+    r, mode = jnp.array([0.4, 0.6, 0.9, 0.1]), jnp.array([MIX, MIX, LINEAR, SOFTMAX])
+    assert selection.by_scores(r, mode, 3)[0] == (0, 1, 2)
+    assert selection.by_scores(r, mode, 3, "nearest")[0] == (0, 2)

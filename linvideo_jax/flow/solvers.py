@@ -178,7 +178,8 @@ def sample(
 
     noise = jnp.asarray(noise, jnp.float32)
     rows = (sigmas[:-1], sigmas[1:], times, table.corrector, table.predictor)
-    rows = (*(jnp.asarray(a, jnp.float32) for a in rows), jnp.arange(len(times)))
+    rows = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), rows)
+    rows = (*rows, jnp.arange(len(sigmas) - 1))
     empty = jnp.zeros_like(noise)
     (x, *_), seen = jax.lax.scan(step, (noise, empty, empty, empty), rows)
     if has_aux:

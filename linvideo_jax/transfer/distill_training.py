@@ -43,6 +43,7 @@ class Recipe:
     moving_scores: bool = False
     # The network is told 1000 t as it is, as the few-step samplers tell it.
     sampler: str = "renoise"
+    layout: None = None  # one device
 
     @classmethod
     def of(cls, settings, student, teacher, fake, sigmas, shape, dtype) -> "Recipe":
