@@ -171,7 +171,7 @@ def _records(index: Index, made: Trajectories) -> Iterator[bytes]:
 class Pairs:
     """Random access to the pairs of a folder, or to those of a part of its videos."""
 
-    num_threads = 4  # that read beside the updates
+    num_threads = 2  # that read beside the updates; more contend for Python
 
     def __init__(self, folder: epath.Path, index: Index, videos: range | None = None):
         self.index = index
