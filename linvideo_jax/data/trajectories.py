@@ -135,7 +135,7 @@ def read_index(folder: epath.Path) -> Index | None:
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> str:
     """What of `names` differs in two collections' `made`, in words; empty if nothing does."""
-    told = []
+    told, now = [], json.loads(json.dumps(now))  # as the other came back from a file
     for name in names:
         a, b = there.get(name), now[name]
         if isinstance(a, Mapping) and isinstance(b, Mapping):
