@@ -210,6 +210,13 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
     assert list((tmp_path / "pairs").glob("pairs-*")) == []
 
 
+def test_a_teacher_with_linear_layers_is_refused(tiny_config, tmp_path):
+    own = tiny_config.copy_and_resolve_references()
+    own.checkpoint = "assets/wan_digits_linear"
+    with pytest.raises(UserError, match="wan_digits_linear has linear layers"):
+        collect.run(own, tmp_path)
+
+
 def test_prompts_that_are_no_text_are_refused(tiny_config, tmp_path):
     path, own = tmp_path / "prompts.txt", tiny_config.copy_and_resolve_references()
     own.prompts = str(path)

@@ -212,10 +212,11 @@ def test_an_index_that_is_not_ours_is_refused(folder):
 
 def test_differences_are_told_by_name():
     there = {"sizes": {"num_layers": 12, "dim": 8}, "seed": 0, "text": "a" * 99, "extra": 1}
-    now = {"sizes": {"num_layers": 30, "dim": 8}, "seed": 0, "text": "b" * 99}
+    there["steps"] = [1, 2]
+    now = {"sizes": {"num_layers": 30, "dim": 8}, "seed": 0, "steps": (1, 2), "text": "b" * 99}
     told = trajectories.differences(there, now, ("sizes", "seed", "text"))
     assert told.startswith("sizes.num_layers 12 there, 30 now; text 'aaa") and len(told) < 140
-    assert trajectories.differences(there, now, ("seed",)) == ""
+    assert trajectories.differences(there, now, ("seed", "steps")) == ""
 
 
 def online_pairs(log):

@@ -135,7 +135,7 @@ def read_index(folder: epath.Path) -> Index | None:
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> str:
     """What of `names` differs in two collections' `made`, in words; empty if nothing does."""
-    told = []
+    told, now = [], json.loads(json.dumps(now))  # as the other came back from a file
     for name in names:
         a, b = there.get(name), now[name]
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -171,7 +171,7 @@ def _records(index: Index, made: Trajectories) -> Iterator[bytes]:
 class Pairs:
     """Random access to the pairs of a folder, or to those of a part of its videos."""
 
-    num_threads = 4  # that read beside the updates
+    num_threads = 2  # that read beside the updates; more contend for Python
 
     def __init__(self, folder: epath.Path, index: Index, videos: range | None = None):
         self.index = index

@@ -83,6 +83,11 @@ class Teacher:
     def __init__(self, config, placement: Placement | None = None):
         self.config, self.settings = config, config.collect
         self.checkpoint = turns.open_folder(config.checkpoint)
+        if self.checkpoint.linear_layers:
+            raise UserError(
+                f"{config.checkpoint} has linear layers: pairs are made by a teacher without, so "
+                "name one as checkpoint."
+            )
         heads = self.checkpoint.wan_config.num_attention_heads
         self._placement = placement or Placement.of_host(config, heads)
         given = self.settings.sampling.to_dict()
@@ -207,11 +212,12 @@ def run(
         trajectories.write_index(folder, index)
     everything = range(index.num_shards)
     unfinished = trajectories.unfinished(folder, index, everything)
-    texts = stored_texts(teacher, folder, index, write=process_index == 0)
     missing = [number for number in unfinished if number % process_count == process_index]
+    if missing:
+        announce(teacher, folder, index, unfinished, missing)
+    texts = stored_texts(teacher, folder, index, write=process_index == 0)
     if not missing:
         return
-    announce(teacher, folder, index, unfinished, missing)
     teacher.prepare(index, texts)
     make_shards(teacher, folder, index, missing, len(everything[process_index::process_count]))
 
