@@ -72,6 +72,7 @@ def test_load_stacks_and_fills_feature_maps_of_other_layers(student, transformer
         "num_frames": 81,
         "time_grid": "diffusers",
         "negative_prompt": "",
+        "denoising_steps": None,
     }
     assert loaded.vae is None and loaded.text_encoder is None and loaded.tokenizer is None
     initial = initial_feature_map(WAN)

@@ -381,7 +381,6 @@ LORAS = {
         {"blocks.0.attn3.to_q.lora_A.weight": (2, 2), "clip.alpha": ()},
         ["match nothing: blocks.0.attn3.to_q.lora_A.weight, clip.alpha"],
     ),
-    "of I2V": ({"blocks.0.cross_attn.k_img.diff": (2, 2)}, ["match nothing: blocks.0.cross_attn"]),
     "half a pair": ({DOWN: (2, 32)}, [f"blocks.0.attn1.to_q has only {DOWN}"]),
     "of another width": (
         {DOWN: (2, 48), UP: (32, 2)},

@@ -86,6 +86,7 @@ def test_videos_and_manifest(run, tmp_path, tiny_pipeline):
         "sampler": "unipc",
         "negative_prompt": "",
         "time_grid": "diffusers",
+        "denoising_steps": None,
     }
     assert manifest["videos"] == {
         name: {"prompt": prompt, "seed": 7 + i}
@@ -230,7 +231,7 @@ def test_help_lists_the_flags(run):
         ("--width=30", "width is 30, but it must be divisible by 16: choose 32."),
         ("--num_frames=24", "num_frames is 24, but it must be 4k + 1: choose 21 or 25."),
         ("--num_frames=0", "num_frames is 0: choose a value from 1 to 8193."),
-        ("--sampler=ddim", "the sampler 'ddim' is unknown: choose one of unipc, euler, dpm++."),
+        ("--sampler=ddim", "the sampler 'ddim' is unknown: choose one of unipc, euler, dpm++, "),
         ("--time_grid=even", "the time_grid 'even' is unknown: choose one of diffusers, original."),
         ("--num_samples=0", "num_samples is 0: choose 1 or more."),
         ("--guidance_scale=0.5", "guidance_scale is 0.5: choose a value from 1 to 30."),
