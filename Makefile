@@ -26,7 +26,7 @@ demo: $(SET_UP)
 	@echo "The report is $(WORKDIR)/report.html: open it in a browser."
 
 test: $(SET_UP_TEST)
-	JAX_PLATFORMS=cpu $(RUN) -m pytest
+	JAX_PLATFORMS=cpu $(RUN) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(SET_UP_TEST)
 	$(RUN) -m ruff check

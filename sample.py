@@ -6,7 +6,8 @@ python sample.py --checkpoint=assets/wan_digits --prompt="a red 3 moves slowly u
 A prompt file is text with one prompt a line, or .jsonl with objects that have a prompt and perhaps
 a seed, height, width, guidance_scale, negative_prompt or another setting of their own. The videos
 have the seeds `--seed`, `--seed` + 1 and so on, and depend on nothing else. Run the same command
-again to finish an interrupted run: videos that are there are kept.
+again to finish an interrupted run: videos that are there are kept. Several devices share the videos
+of a batch; with `--mesh=context:4` four of them share the tokens of each video.
 """
 
 import sys
@@ -15,8 +16,19 @@ from pathlib import Path
 
 from absl import flags
 
-from linvideo_jax import command_line, folders, generate, pipeline, requests, text, turns
+from linvideo_jax import (
+    command_line,
+    compiled_programs,
+    folders,
+    generate,
+    pipeline,
+    requests,
+    text,
+    turns,
+)
 from linvideo_jax.errors import UserError
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel.placement import Placement
 
 
 def define_flags() -> flags.FlagValues:
@@ -30,6 +42,7 @@ def define_flags() -> flags.FlagValues:
             "negative_prompt": (None, "what guidance leads away from"),
             "sampler": (None, "unipc, euler or dpm++; renoise or euler for distilled models"),
             "time_grid": (None, "diffusers, or original: that of Wan's own code"),
+            "mesh": (None, "devices by axis, such as context:4; default data: all of them"),
             "text_cache": (None, f"folder of text embeddings; default {text.default_folder()}"),
         }
     )
@@ -47,6 +60,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_samples", 1, "videos of each prompt", **define)
     flags.DEFINE_bool("vbench_names", False, "name files PROMPT-INDEX.mp4", **define)
     flags.DEFINE_bool("vae_tiling", False, "decode by tiles: less memory, more time", **define)
+    flags.DEFINE_bool("resident", False, "keep transformer and VAE on the device", **define)
     flags.DEFINE_integer("batch_size", None, "videos at a time; default at most 4", **define)
     return values
 
@@ -74,12 +88,17 @@ def sample(argv: Sequence[str]) -> None:
         if given[name] is not None and given[name] < 1:
             raise UserError(f"{name} is {given[name]}: choose 1 or more.")
     requests.check_seeds(values.seed, len(rows) * values.num_samples)
+    sizes = meshes.parse(values.mesh) if values.mesh else {}
     out = Path(values.out)
     folders.check_writable(out, "--out")
 
+    compiled_programs.keep_on_disk()
     checkpoint = turns.open_folder(values.checkpoint)
+    placement = Placement.by_sizes(sizes, checkpoint.wan_config.num_attention_heads)
     cache = Path(values.text_cache) if values.text_cache else text.default_folder()
-    model = pipeline.Pipeline(checkpoint, text_folder=cache)
+    model = pipeline.Pipeline(
+        checkpoint, text_folder=cache, placement=placement, resident=values.resident
+    )
     settings = pipeline.Settings.of(checkpoint, **overrides)
     videos = requests.make_requests(
         rows,

@@ -2,9 +2,10 @@
 
 python train.py --config=configs/demo.py --workdir=runs/demo
 python train.py --config=configs/digits.py --workdir=runs/digits --config.transfer.target=4
+python train.py --config=configs/wan14b.py --plan=v5p:4x4x4
 
 Any field of the configuration can be set on the command line. Every stage goes on where it stopped:
-after an interruption, give the same command again.
+after an interruption, give the same command again. On several hosts, start it on each alike.
 """
 
 import sys
@@ -13,11 +14,21 @@ from pathlib import Path
 
 from absl import logging
 
-from linvideo_jax import command_line, config_files, folders, stages
+from linvideo_jax import (
+    command_line,
+    compiled_programs,
+    config_files,
+    folders,
+    plan,
+    stages,
+    sweep,
+)
+from linvideo_jax.parallel import hosts
 
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
     "workdir": (None, "folder of all that the run makes"),
+    "plan": (None, "machine to plan stage transfer for, v5p:4x4x4, h100:32 or here; nothing runs"),
 }
 
 
@@ -25,11 +36,19 @@ def train(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input, before anything is written."""
     argv, overrides = config_files.split(argv)
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
-    command_line.required(given, "config", "workdir")
+    command_line.required(given, "config")
     config = config_files.override(config_files.load(given["config"]), overrides)
-    folders.check_writable(Path(given["workdir"]), "--workdir")
+    if given["plan"]:
+        raise SystemExit(plan.run(config, given["plan"]))
+    if stages.needs_workdir(config):
+        command_line.required(given, "workdir")
+        folders.check_writable(Path(given["workdir"]), "--workdir")
+    hosts.start(hosts.card({"workdir": given["workdir"], "config": config.to_dict()}))
     logging.set_verbosity(logging.WARNING)
-    stages.run(config, Path(given["workdir"]))
+    compiled_programs.keep_on_disk()
+    run = sweep.run if config.get("sweep") else stages.run
+    with hosts.together():
+        run(config, given["workdir"] and Path(given["workdir"]))
 
 
 def main(argv: Sequence[str]) -> int:

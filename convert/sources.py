@@ -11,6 +11,7 @@ from convert.pickles import PickleFile
 from convert.spelling import IGNORED, recognise
 from convert.tensors import TensorFiles, Tensors, read_json
 from linvideo_jax.errors import UserError
+from linvideo_jax.models import wan_config
 from linvideo_jax.parts import PARTS
 
 # File stem and class of each part, as diffusers and transformers write them.
@@ -301,8 +302,9 @@ def selection_problem(config: Mapping[str, Any], num_layers: int | None) -> str:
     num_layers: of the transformer, None if its configuration is not at hand.
     """
     layers, feature_map = config["linear_layers"], config["feature_map"]
-    if feature_map not in (None, "hedgehog"):
-        return f"feature_map is {feature_map!r}; it must be null or 'hedgehog'"
+    known = wan_config.FEATURE_MAPS
+    if feature_map not in (None, *known):
+        return f"feature_map is {feature_map!r}; it must be null or one of {', '.join(known)}"
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         return "linear_layers must be a list of layer numbers"
     if layers != sorted(set(layers)):

@@ -45,6 +45,11 @@ def convert(argv: Sequence[str]) -> None:
 
     parts = ("transformer",) if layout == "linvideo" else tuple(PARTS)
     config, flat, tokenizer, scheduler = checkpoints.read_flat(given["checkpoint"], parts)
+    if config["feature_map"] not in (None, "hedgehog"):
+        raise UserError(
+            f"{given['checkpoint']} has the feature map {config['feature_map']!r}, which exists "
+            "for ablations and has no PyTorch processor: export a hedgehog student."
+        )
     manifest = checkpoints.read_manifest(given["checkpoint"])
     flat = {part: cast(arrays, dtype) for part, arrays in flat.items()}
     out = Path(given["out"])

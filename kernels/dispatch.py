@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+_logged = set()
 
 _target = contextvars.ContextVar("target", default=None)
 
@@ -40,7 +44,8 @@ def dispatch(
     """Calls the first implementation in `names` that accepts the inputs.
 
     `names`: one name, several in order of preference, or None for all in the mapping's order.
-    An implementation refuses by raising NotImplementedError with the reason.
+    An implementation refuses by raising NotImplementedError with the reason. Which one serves,
+    and why not those before it, is logged the first time (level INFO).
 
     Raises: ValueError for an unknown name; NotImplementedError with every reason if all refuse.
     """
@@ -52,11 +57,22 @@ def dispatch(
     for name in names:
         if name not in implementations:
             raise ValueError(f"no implementation {name!r}; there are {sorted(implementations)}")
+        function = implementations[name]
         try:
-            return implementations[name](*args, **kwargs)
+            result = function(*args, **kwargs)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
+        else:
+            _log_once(f"{function.__name__}: {name} serves", refusals)
+            return result
     raise NotImplementedError("; ".join(refusals))
+
+
+def _log_once(choice: str, refusals: Sequence[str]) -> None:
+    text = f"{choice} ({'; '.join(refusals)})" if refusals else choice
+    if text not in _logged:
+        _logged.add(text)
+        _log.info(text)
 
 
 def einsum_float32(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:

@@ -11,10 +11,13 @@ config.json holds the sizes of each part under diffusers' key names, `linear_lay
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 import linvideo_jax
 from convert import importer, sources
@@ -214,11 +217,13 @@ def load(
     parts: Sequence[str] = tuple(PARTS),
     *,
     dtype: str | None = "float32",
+    create: Callable[[np.ndarray, Any], Any] = jnp.asarray,
 ) -> Checkpoint:
     """Loads a checkpoint of ours, a folder in diffusers' layout, or a transformer-only folder.
 
-    parts: which networks; dtype: of the parameters, None for those stored. Feature maps of layers
-    that are not linear are the initial ones. UserError for a folder that is none of the three,
+    parts: which networks; dtype: of the parameters, None for those stored; create: np.asarray
+    leaves them in the host's memory. Feature maps of layers that are not linear are the initial
+    ones. UserError for a folder that is none of the three,
     lacks a part, or is damaged.
     """
     config, flat, tokenizer, scheduler = read_flat(folder, parts)
@@ -228,7 +233,9 @@ def load(
         filled = flatten({"blocks": {"attn1": {"feature_map": initial}}})
         flat["transformer"] = filled | flat["transformer"]
     to = None if dtype is None else DTYPES[dtype]
-    params = {part: unflatten(part, models[part], flat.pop(part), to) for part in parts}
+    params = {
+        part: unflatten(part, models[part], flat.pop(part), to, create=create) for part in parts
+    }
     return Checkpoint(
         path=Path(folder),
         config=config,

@@ -64,15 +64,17 @@ def file_stem(name: str) -> str:
     return re.sub(r"\W+", "-", name).strip("-")
 
 
-def untrained(teacher: checkpoints.Checkpoint, linear_layers: Sequence[int]):
+def untrained(
+    teacher: checkpoints.Checkpoint, linear_layers: Sequence[int], feature_map: str = "hedgehog"
+):
     """The teacher with initial feature maps and these layers linear: a student before training."""
-    config = replace(teacher.wan_config, feature_map="hedgehog")
+    config = replace(teacher.wan_config, feature_map=feature_map)
     blocks = teacher.transformer["blocks"]
     maps = {name: jnp.asarray(value) for name, value in initial_feature_map(config).items()}
     attention = blocks["attn1"] | {"feature_map": maps}
     return replace(
         teacher,
-        config={**teacher.config, "linear_layers": list(linear_layers), "feature_map": "hedgehog"},
+        config={**teacher.config, "linear_layers": list(linear_layers), "feature_map": feature_map},
         wan_config=config,
         transformer=teacher.transformer | {"blocks": blocks | {"attn1": attention}},
     )
@@ -83,12 +85,14 @@ def contenders(
     workdir: Path,
     others: Mapping[str, str],
     others_before: bool = True,
+    own_before: bool = True,
     start: str = "",
     others_sampling: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Contender]:
     """The teacher; WORKDIR/final, if it is there; the `others`: each student and its "before".
 
-    others_before: whether the others are compared with what they were before any training, too.
+    others_before, own_before: whether the others, and WORKDIR/final, are compared with what they
+    were before any training, too.
     A distilled model is sampled as its own config.json says, and the one of WORKDIR is compared
     with its start, the folder that it was distilled from, cut to as many steps. others_sampling: by
     name, settings in which one differs from the teacher's.
@@ -114,8 +118,9 @@ def contenders(
             before = _of_family(teacher, start)
             cut = {"num_inference_steps": sampling["num_inference_steps"]}
             found.append(Contender(before_name(name), "before", before, start, sampling=cut))
-        elif here or others_before:
-            before = untrained(teacher, student.linear_layers)
+        elif own_before if here else others_before:
+            features = student.wan_config.feature_map or "hedgehog"
+            before = untrained(teacher, student.linear_layers, features)
             found.append(Contender(before_name(name), "before", before, str(teacher.path)))
     return found
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from linvideo_jax.errors import UserError
 
 
+def user_cache() -> Path:
+    """Where this package keeps what it can make again; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linvideo_jax"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes it at the end, and vanishes on an error."""

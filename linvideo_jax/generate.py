@@ -4,12 +4,14 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from convert.tensors import read_json
 from linvideo_jax import folders, turns, video
@@ -25,12 +27,14 @@ TOKENS_AT_ONCE = 32_768  # latent pixels; 81 frames of 480 x 832 have 131,040
 def default_batch_size(pipeline: Pipeline, requests: Sequence[Request]) -> int:
     """Of equal batches that leave the last one fullest: 5 small videos are made as 3 and 2.
 
-    At most 4 videos and TOKENS_AT_ONCE tokens at a time; a video with more is made alone.
+    At most 4 videos and TOKENS_AT_ONCE tokens at a time; a video with more is made alone. All this
+    for every device that shares the batch: each has as many videos as the others.
     """
     counts = Counter(request.settings for request in requests)
     shapes = [pipeline.latent_shape(settings) for settings in counts]
     tokens = max(frames * height * width for frames, height, width, _ in shapes)
-    return even_batch_size(max(counts.values()), max(1, min(4, TOKENS_AT_ONCE // tokens)))
+    devices, at_most = pipeline.batch_devices, max(1, min(4, TOKENS_AT_ONCE // tokens))
+    return even_batch_size(-(-max(counts.values()) // devices), at_most) * devices
 
 
 def even_batch_size(count: int, at_most: int) -> int:
@@ -119,6 +123,20 @@ def _clashes(before: dict[str, Any], videos: dict[str, Any]) -> str:
     return ""
 
 
+def _clips(
+    pipeline: Pipeline,
+    groups: Mapping[Settings, Sequence[Request]],
+    batch_size: int,
+    vae_tiling: bool,
+) -> Iterator[tuple[str, UInt8[np.ndarray, "frames height width 3"]]]:
+    """(file name, pixels) of every request."""
+    for settings, group in groups.items():
+        prompts, seeds = [r.prompt for r in group], [r.seed for r in group]
+        for rows, latents in pipeline.batches(prompts, seeds, settings, batch_size):
+            for row, one in zip(rows, np.asarray(latents), strict=True):
+                yield group[row].name, pipeline.decode(one[None], vae_tiling)[0]
+
+
 def make_videos(
     pipeline: Pipeline,
     requests: Sequence[Request],
@@ -132,7 +150,7 @@ def make_videos(
 
     The manifest lists all videos before the first is made. A video's file appears when it is
     complete, so one that exists is finished and is not made again. All prompts are encoded first;
-    then videos of the same settings share batches.
+    then videos of the same settings share batches. A file is written while the next video is made.
     """
     for each in {request.settings for request in requests}:
         pipeline.latent_shape(each)  # a wrong size is found before anything is written
@@ -150,15 +168,20 @@ def make_videos(
             guided = [each.negative_prompt] if each.guidance_scale > 1 else []
             pipeline.encode([*guided, *(request.prompt for request in group)])
         done = len(requests) - len(missing)
-        with Progress("sample", len(requests), done, unit="video") as progress:
-            for each, group in groups.items():
-                prompts, seeds = [r.prompt for r in group], [r.seed for r in group]
-                for rows, latents in pipeline.batches(prompts, seeds, each, batch_size):
-                    for row, one in zip(rows, np.asarray(latents), strict=True):
-                        clip = pipeline.decode(one[None], vae_tiling)[0]
-                        video.write_mp4(out / group[row].name, clip)
-                        done += 1
-                        progress.update(done)
+        clips = _clips(pipeline, groups, batch_size, vae_tiling)
+        with (
+            Progress("sample", len(requests), done, unit="video") as progress,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            writing = None
+            for name, clip in clips:
+                if writing is not None:
+                    writing.result()
+                    progress.add(1)
+                writing = writer.submit(video.write_mp4, out / name, clip)
+            if writing is not None:
+                writing.result()
+                progress.add(1)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     return [out / request.name for request in requests]

@@ -1,6 +1,6 @@
 """Prompts and seeds to latents and videos, with any checkpoint."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -13,12 +13,28 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
+from linvideo_jax.metrics.flops import video_tokens
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
 from linvideo_jax.models.vae_tiles import decode_tiles
-from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
+from linvideo_jax.models.wan import (
+    LINEAR,
+    SOFTMAX,
+    TEXT_TOKENS,
+    TimeEmbedding,
+    WanConfig,
+    WanTransformer,
+    cast_products,
+    pads_are_keys,
+)
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel import pictures
+from linvideo_jax.parallel.placement import Placement
 from linvideo_jax.text import TextEmbeddings, text_bucket
 from linvideo_jax.turns import Turns, mark
+
+# Relative error of a text embedding, and of a velocity, against float32.
+BFLOAT16_BOUND = 0.01
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,41 @@ def noise(
     return draw(jnp.asarray(np.asarray(seeds, np.uint32)))
 
 
-@partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype"))
+def sampling_network(
+    params: dict[str, Any],
+    config: WanConfig,
+    shape: tuple[int, ...],
+    timesteps: Float[np.ndarray, " steps"],
+    text: Float[Array, "halves*videos tokens text_dim"],
+    lengths: Int[Array, " halves*videos"],
+    *,
+    mode: Int[Array, " layers"] | None = None,
+    r: Float[Array, " layers"] | None = None,
+    dtype: Any = jnp.float32,
+    layout: Any = None,
+) -> tuple[TimeEmbedding, Callable[[Array, TimeEmbedding], tuple[Array, ...]]]:
+    """(times, network) of a sampling loop; what no step changes is computed here, once.
+
+    network(x, time) gives the velocities of x `[videos, ...]` of this shape, one for each half of
+    the text; both halves pass as one batch. time: a row of `times`, which has one for each step.
+    `mode`, `r`, `dtype`, `layout` as the network takes them.
+    """
+    params = params | {"blocks": cast_products(params["blocks"], dtype)}
+    model = bind(WanTransformer, config, params)
+    times = model.embed_time(jnp.asarray(timesteps)[:, None])  # for a batch of 1, that is for all
+    options = {"dtype": dtype, "layout": layout}
+    tokens = video_tokens(config, shape[1:])
+    text = model.embed_text(text, lengths, video_tokens=tokens, **options)
+    halves = lengths.shape[0] // shape[0]
+
+    def network(x, time):
+        u = model(jnp.concatenate([x] * halves), time, text, None, mode=mode, r=r, **options)
+        return tuple(jnp.split(u, halves))
+
+    return times, network
+
+
+@partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype", "layout"))
 def denoise(
     params: dict[str, Any],
     noise: Float[Array, "videos frames height width channels"],
@@ -180,26 +230,34 @@ def denoise(
     sampler: str,
     sigmas: tuple[float, ...],
     dtype: Any,
+    layout: Any = None,
 ) -> Float[Array, "videos frames height width channels"]:
     """The whole sampling loop, from noise to latents; the latents stay float32 between the steps.
 
     `text` holds the prompts and, behind them, the negative prompts: both halves pass the network as
     one batch. With the prompts alone there is no guidance. `r` is of layers whose mode is MIX;
-    `seeds` are of the noise that the sampler "renoise" adds, each video's from its own.
+    `layout` as the network takes it. `seeds` are of the noise that the sampler "renoise" adds, each
+    video's from its own.
     """
-    model = bind(WanTransformer, config, params)
-    halves = text.shape[0] // noise.shape[0]
-
-    def velocity(x, timestep):
-        timesteps = jnp.full((text.shape[0],), timestep)
-        options = {"mode": mode, "r": r, "dtype": dtype}
-        u = model(jnp.concatenate([x] * halves), timesteps, text, lengths, **options)
-        if halves == 1:
-            return u
-        return rectified.guided(*jnp.split(u, 2), guidance_scale)
-
     grid = np.array(sigmas)
-    times = grids.network_timesteps(grid, sampler)
+    timesteps = grids.network_timesteps(grid, sampler)
+    times, network = sampling_network(
+        params,
+        config,
+        noise.shape,
+        timesteps,
+        text,
+        lengths,
+        mode=mode,
+        r=r,
+        dtype=dtype,
+        layout=layout,
+    )
+
+    def velocity(x, time):
+        u, *negative = network(x, time)
+        return rectified.guided(u, *negative, guidance_scale) if negative else u
+
     keys = jax.vmap(jax.random.key)(seeds) if sampler == "renoise" else None
     return solvers.sample(velocity, noise, grid, sampler, times=times, keys=keys)
 
@@ -207,20 +265,32 @@ def denoise(
 class Pipeline:
     """A checkpoint ready to sample: all of it loaded, or from `turns.open_folder`.
 
-    Of the latter, one network at a time is on the device. `dtype` is that of the networks' matrix
-    products, the VAE's excepted, which runs in float32 as Wan's does; by default bfloat16 on an
-    accelerator and float32 on a CPU. `text_folder`: where text embeddings are kept for other runs.
+    Of the latter, one network at a time is on the device, unless they are `resident` (see `Turns`).
+    `dtype` is that of the networks' matrix products, the VAE's excepted, which runs in float32 as
+    Wan's does; by default float32 on a CPU, and bfloat16 on an accelerator: with trained weights
+    that moves a text embedding and a velocity by less than 1% (`BFLOAT16_BOUND`). `text_folder`:
+    where text embeddings are kept for other runs. `placement`: of one host, if the work is shared
+    between devices.
     """
 
-    def __init__(self, checkpoint: Any, dtype: Any = None, text_folder: Path | None = None):
+    def __init__(
+        self,
+        checkpoint: Any,
+        dtype: Any = None,
+        text_folder: Path | None = None,
+        placement: Placement | None = None,
+        resident: bool = False,
+    ):
         self.checkpoint = checkpoint
+        self._placement = placement if placement and placement.layout else None
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
         self.mode, self.r = None, None
         if checkpoint.linear_layers:
             self.mode = np.full(checkpoint.wan_config.num_layers, SOFTMAX, np.int32)
             self.mode[list(checkpoint.linear_layers)] = LINEAR
-        self._turns = Turns(checkpoint, self.dtype)
+        place = self._placement.params if self._placement else jax.device_put
+        self._turns = Turns(checkpoint, self.dtype, place, resident)
         self.texts = TextEmbeddings(
             checkpoint.tokenizer,
             checkpoint.umt5_config,
@@ -228,6 +298,11 @@ class Pipeline:
             cache(partial(mark, checkpoint, "text_encoder")),
             text_folder,
         )
+
+    @property
+    def batch_devices(self) -> int:
+        """Between how many devices, or groups of them, a batch of videos is shared."""
+        return meshes.batch_devices(self._placement.mesh) if self._placement else 1
 
     def transformer(self) -> Params:
         """The transformer's parameters, on the device."""
@@ -271,6 +346,8 @@ class Pipeline:
         self.encode([*prompts, negative] if guided else prompts)
         shortest = len(self.texts[negative]) if guided else 0
         buckets = [text_bucket(max(len(self.texts[prompt]), shortest)) for prompt in prompts]
+        if pads_are_keys(video_tokens(self.checkpoint.wan_config, shape)):
+            buckets = [TEXT_TOKENS] * len(prompts)  # one program for all lengths
         for bucket in sorted(set(buckets)):
             rows = [i for i, b in enumerate(buckets) if b == bucket]
             for first in range(0, len(rows), batch_size):
@@ -290,6 +367,7 @@ class Pipeline:
                     sampler=settings.sampler,
                     sigmas=tuple(sigmas.tolist()),
                     dtype=self.dtype,
+                    layout=self._placement and self._placement.layout,
                 )
                 yield real, latents[: len(real)]
 
@@ -314,5 +392,9 @@ class Pipeline:
         config = self.checkpoint.vae_config
         vae = bind(WanVAE, config, self._turns.params("vae"))
         latents = denormalize(jnp.asarray(latents), config)
+        if self._placement and not tiling:
+            videos, _, height, width, _ = latents.shape
+            parts = pictures.sharding(self._placement.mesh, videos, height, width)
+            latents = jax.device_put(latents, parts)
         video = decode_tiles(vae, latents) if tiling else vae.decode_chunks(latents)
         return np.asarray(jnp.round((video + 1) * 127.5).astype(jnp.uint8))

@@ -21,9 +21,12 @@ class Progress:
       total: the count at the end.
       done: the count at the start, of a resumed job; the rate is that of this run.
       unit: what is counted; "B" is shown in kB, MB and so on.
+      shown: False says nothing, as hosts do that are not the first.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
+    def __init__(
+        self, name: str, total: int, done: int = 0, unit: str = "step", shown: bool = True
+    ):
         terminal = sys.stderr.isatty()
         self._bar = (tqdm if terminal else _LineBar)(
             desc=name,
@@ -35,6 +38,7 @@ class Progress:
             mininterval=0.2 if terminal else 15,
             dynamic_ncols=terminal,
             leave=True,
+            disable=not shown,
         )
 
     def __enter__(self) -> "Progress":

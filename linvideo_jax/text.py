@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from linvideo_jax import folders
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.tokenizer import Tokenizer
 from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -32,8 +33,7 @@ def text_bucket(length: int) -> int:
 
 def default_folder() -> Path:
     """Where sample.py keeps embeddings; it may be deleted at any time."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "linvideo_jax" / "text_embeddings"
+    return folders.user_cache() / "text_embeddings"
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))

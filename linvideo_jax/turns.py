@@ -5,6 +5,7 @@ A checkpoint opened here stays on disk; `Turns` reads a part when it is needed. 
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,23 @@ def _leaf(params: Params, name: str) -> Any:
 class Turns:
     """Gives the parameters of one part after the other; the one before leaves the device.
 
-    The transformer and the VAE wait in the host's memory for their next turn; the text encoder, of
-    which there is none, is dropped. `dtype`: of the large matrices, which the networks would cast
-    to it anyway; the rest, and the VAE, is float32.
+    The transformer and the VAE wait in the host's memory for their next turn, or stay on the device
+    if they are `resident`; the text encoder, which is needed once, is dropped. `dtype`: of the
+    large matrices, which the networks would cast to it anyway; the rest, and the VAE, is float32.
+    `place`: brings a tree to the devices.
     """
 
-    def __init__(self, checkpoint: checkpoints.Checkpoint, dtype: Any):
-        self._checkpoint, self._dtype = checkpoint, dtype
+    def __init__(
+        self,
+        checkpoint: checkpoints.Checkpoint,
+        dtype: Any,
+        place: Callable[[Params], Params] = jax.device_put,
+        resident: bool = False,
+    ):
+        self._checkpoint, self._dtype, self._place = checkpoint, dtype, place
+        self._resident = resident
         self._waiting: dict[str, Params] = {}
-        self._part, self._params = None, None
+        self._on_device: dict[str, Params] = {}
 
     def params(self, part: str) -> Params:
         """The parameters of "transformer", "vae" or "text_encoder", on the device.
@@ -92,13 +101,16 @@ class Turns:
         held = getattr(self._checkpoint, part)
         if held is not None:
             return held
-        if part != self._part:
-            self._part, self._params = None, None
+        if part not in self._on_device:
+            if self._resident:
+                self._on_device.pop("text_encoder", None)
+            else:
+                self._on_device.clear()
             host = self._waiting.get(part) or self._read(part)
-            if part != "text_encoder":
+            if part != "text_encoder" and not self._resident:
                 self._waiting[part] = host
-            self._part, self._params = part, jax.device_put(host)
-        return self._params
+            self._on_device[part] = self._place(host)
+        return self._on_device[part]
 
     def _read(self, part: str) -> Params:
         config, flat, _, _ = checkpoints.read_flat(self._checkpoint.path, (part,))

@@ -29,7 +29,7 @@ FIELDS = (
     "sample_prompts",
     "save_every",
 )
-TOP = ("stages", "sweep")
+TOP = ("stages", "sweep", "sweep_rows", "sweep_seeds")
 
 
 @contextlib.contextmanager

@@ -214,7 +214,11 @@ def _no_manifest(folder):
         (_truncate, ("transformer",), "transformer is damaged or not complete"),
         (_set(linear_layers=[0, 3]), ("transformer",), "linear_layers must be from 0 to 2"),
         (_set(linear_layers=[2, 0]), ("transformer",), "must be sorted, each layer once"),
-        (_set(feature_map="fourier"), ("transformer",), "it must be null or 'hedgehog'"),
+        (
+            _set(feature_map="fourier"),
+            ("transformer",),
+            "it must be null or one of hedgehog, relu, taylor",
+        ),
         (_set(linear_layers=[1]), ("transformer",), r"missing: blocks.1.attn1.feature_map.k, "),
     ],
 )

@@ -226,9 +226,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(latents_run, config, monke
         assert again[key] == latents_run.metrics[key]
 
 
-def test_pixels_of_the_teacher_alone(config, tmp_path):
-    """Without a student in the workdir; reading pixels adds the figures of motion and quality."""
+def test_pixels_of_the_teacher_alone_and_for_a_row_of_a_sweep(config, tmp_path, monkeypatch):
+    """Without a student in the workdir; reading pixels adds the figures of motion and quality.
+
+    What is the teacher's lies in a folder that another run takes it from.
+    """
     config = ConfigDict(config.to_dict())
+    config.evaluate.unlock()
+    config.evaluate.update({"shared": str(tmp_path / "shared"), "own_before": False})
     config.evaluate.update({"reads": "pixels", "seeds": (0,), "num_prompts": 2, "num_shown": 1})
     config.evaluate.others = ConfigDict()
     evaluate.run(config, tmp_path)
@@ -238,6 +243,23 @@ def test_pixels_of_the_teacher_alone(config, tmp_path):
     assert entry["distance_video"] == 0
     assert 0 <= entry["quality.sharpness"] <= 1 and "motion.shape_correlation" in entry
     assert entry["frechet"] is None, "two videos have no covariance of full rank"
+
+    theirs = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()}
+    save_student(config.checkpoint, tmp_path / "row" / "final", (0, 2))
+    decoded, decode = [], evaluation.decode
+
+    def counted(teacher, latents, batch_size):
+        decoded.append(len(latents))
+        return decode(teacher, latents, batch_size)
+
+    monkeypatch.setattr(evaluation, "decode", counted)
+    evaluate.run(config, tmp_path / "row")
+    assert decoded == [2, 1, 1]  # the student's; then of both the one that is shown
+    metrics = read(tmp_path / "row")
+    assert list(metrics["contenders"]) == ["teacher", "student"] and metrics["students"] == {}
+    assert metrics["contenders"]["teacher"] == entry
+    assert metrics["contenders"]["student"]["distance_video"] > 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()} == theirs
 
 
 def test_without_a_classifier_videos_are_compared_with_the_teachers(config, run_folder, tmp_path):

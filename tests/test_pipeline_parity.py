@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from linvideo_jax import checkpoints
+from linvideo_jax import checkpoints, pipeline
+from linvideo_jax.models import wan
 from linvideo_jax.models.wan import LINEAR, SOFTMAX, initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 
@@ -64,6 +65,19 @@ def test_same_noise_same_latents_and_video(tiny_pipeline, ours, overrides):
     assert difference.max() <= 1 and difference.mean() < 0.01
 
 
+def test_all_pads_as_keys_are_one_program_for_every_length(ours, monkeypatch):
+    """What accelerators do at full size: the same latents, and prompts of any length together."""
+    settings = Settings.of(ours.checkpoint, num_inference_steps=2)
+    prompts = [PROMPTS[0], "red " * 40]
+    wanted = ours.latents(prompts, [0, 1], settings, 2)
+    assert len(list(ours.batches(prompts, [0, 1], settings, 2))) == 2
+    for module in (pipeline, wan):
+        monkeypatch.setattr(module, "pads_are_keys", lambda video_tokens: True)
+    ((rows, latents),) = ours.batches(prompts, [0, 1], settings, 2)
+    assert rows == [0, 1]
+    assert np.abs(np.asarray(latents) - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
 def test_defaults_come_from_the_folder(ours):
     settings = Settings.of(ours.checkpoint, guidance_scale=None, height=64)
     assert settings == Settings(64, 48, 5, 3, 2.0, 3.0, "unipc", "")
@@ -101,11 +115,11 @@ def test_linear_layers_of_a_checkpoint_are_linear(ours):
         wan_config=wan_config,
         transformer={**checkpoint.transformer, "blocks": blocks},
     )
-    pipeline, settings = Pipeline(student), Settings.of(student)
-    assert pipeline.mode.tolist() == [SOFTMAX, LINEAR]
+    half, settings = Pipeline(student), Settings.of(student)
+    assert half.mode.tolist() == [SOFTMAX, LINEAR]
     teacher = ours.latents(PROMPTS, [0, 1], settings, 2)
-    linear = pipeline.latents(PROMPTS, [0, 1], settings, 2)
-    pipeline.mode[1] = SOFTMAX
-    quadratic = pipeline.latents(PROMPTS, [0, 1], settings, 2)
+    linear = half.latents(PROMPTS, [0, 1], settings, 2)
+    half.mode[1] = SOFTMAX
+    quadratic = half.latents(PROMPTS, [0, 1], settings, 2)
     np.testing.assert_allclose(quadratic, teacher, atol=1e-5)
     assert np.abs(linear - teacher).max() > 1e-3

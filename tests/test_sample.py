@@ -207,6 +207,7 @@ def test_another_checkpoint_does_not_join_the_folder(run, tmp_path, pipeline):
 
 def test_euler_and_no_guidance(run, tmp_path):
     flags = ("--sampler=euler", "--guidance_scale=1", "--num_inference_steps=1", "--prompt=a red 3")
+    flags += ("--resident",)
     assert run(*flags, prompts=None)[0] == 0
     settings = json.loads((tmp_path / "videos" / "manifest.json").read_text())["settings"]
     assert settings["sampler"] == "euler" and settings["guidance_scale"] == 1.0

@@ -1,8 +1,11 @@
 """The shipped models: their sizes, diffusers' loading and sampling, what the classifier reads."""
 
+import importlib.util
+from functools import partial
 from pathlib import Path
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import torch
 from linvideo_jax import checkpoints, pipeline
 from linvideo_jax.data import captions, digits
 from linvideo_jax.metrics import agreement, classifier, frechet
+from linvideo_jax.models import module
+from linvideo_jax.models.wan import WanTransformer
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ASSETS / "digits_classifier"
@@ -37,28 +42,83 @@ def test_shipped_folders_stay_small(name, mebibytes):
     assert 0 < sum(sizes) <= mebibytes * 2**20
 
 
-def test_diffusers_samples_the_shipped_model_as_we_do(no_warning):
-    """Same prompts, same noise, trained weights, two steps with guidance: the same latents."""
-    with no_warning():
-        pipe = diffusers.WanPipeline.from_pretrained(ASSETS / "wan_digits")
-    pipe.to(torch.float32).set_progress_bar_config(disable=True)
-    checkpoint = checkpoints.load(ASSETS / "wan_digits")
-    ours = pipeline.Pipeline(checkpoint)
-    settings = pipeline.Settings.of(checkpoint, num_inference_steps=2)
-    prompts = ["a red 3 moves slowly straight right on a green background", "the blue seven"]
-    noise = pipeline.noise([0, 1], ours.latent_shape(settings))
+PROMPTS = ["a red 3 moves slowly straight right on a green background", "the blue seven"]
+
+
+def error_beside_diffusers(pipe, checkpoint, prompts, steps, dtype=None) -> float:
+    """Relative error of our latents: same prompts, same noise, trained weights, with guidance."""
+    ours = pipeline.Pipeline(checkpoint, dtype)
+    settings = pipeline.Settings.of(checkpoint, num_inference_steps=steps)
+    seeds = list(range(len(prompts)))
+    noise = pipeline.noise(seeds, ours.latent_shape(settings))
     theirs = pipe(
         prompts,
         height=96,
         width=96,
         num_frames=25,
-        num_inference_steps=2,
+        num_inference_steps=steps,
         guidance_scale=settings.guidance_scale,
         latents=torch.from_numpy(np.array(noise)).permute(0, 4, 1, 2, 3),
         output_type="latent",
     ).frames.permute(0, 2, 3, 4, 1)
-    latents = np.asarray(ours.latents(prompts, [0, 1], settings, 2))
-    assert np.linalg.norm(latents - theirs.numpy()) <= 1e-4 * np.linalg.norm(latents)
+    latents = np.asarray(ours.latents(prompts, seeds, settings, len(prompts)))
+    return np.linalg.norm(latents - theirs.numpy()) / np.linalg.norm(latents)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    loaded = diffusers.WanPipeline.from_pretrained(ASSETS / "wan_digits")
+    loaded.to(torch.float32).set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_diffusers_loads_the_shipped_model_without_a_warning(no_warning):
+    with no_warning():
+        diffusers.WanTransformer3DModel.from_pretrained(ASSETS / "wan_digits/transformer")
+        diffusers.WanTransformer3DModel.from_pretrained(ASSETS / "wan_digits_linear/transformer")
+        diffusers.AutoencoderKLWan.from_pretrained(ASSETS / "wan_digits/vae")
+
+
+def test_diffusers_samples_the_shipped_model_as_we_do(pipe):
+    checkpoint = checkpoints.load(ASSETS / "wan_digits")
+    assert error_beside_diffusers(pipe, checkpoint, PROMPTS, 2) < 1e-4
+
+
+def test_diffusers_samples_the_shipped_student_as_we_do(pipe):
+    """With the processor that lies beside it, as its model card says."""
+    folder = ASSETS / "wan_digits_linear"
+    student = checkpoints.load(folder)
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
+    linear = diffusers.WanPipeline(**{**pipe.components, "transformer": transformer})
+    linear.set_progress_bar_config(disable=True)
+    spec = importlib.util.spec_from_file_location("shipped", folder / "linvideo_processor.py")
+    processor = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(processor)
+    maps = str(folder / "linvideo.safetensors")
+    assert processor.use_linear_layers(transformer, maps) == list(student.linear_layers)
+    assert error_beside_diffusers(linear, student, PROMPTS[:1], 2) < 1e-3
+
+
+def test_bfloat16_stays_within_its_bound():
+    """What accelerators compute in by default: text encoder and transformer, trained weights.
+
+    The student has layers of both kinds.
+    """
+    checkpoint = checkpoints.load(ASSETS / "wan_digits_linear")
+    exact, rounded = (pipeline.Pipeline(checkpoint, d) for d in (jnp.float32, jnp.bfloat16))
+    (text, lengths), (low, _) = (p.encode_prompts(PROMPTS) for p in (exact, rounded))
+
+    @partial(jax.jit, static_argnames="dtype")
+    def velocity(params, dtype):
+        model = module.bind(WanTransformer, checkpoint.wan_config, params)
+        time = jnp.array([990.0, 100.0])
+        return model(latents, time, text, lengths, mode=exact.mode, dtype=dtype)
+
+    latents = pipeline.noise([0, 1], exact.latent_shape(pipeline.Settings.of(checkpoint)))
+    u = [velocity(checkpoint.transformer, dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    for value, wanted in ((low, text), (u[1], u[0])):
+        error = jnp.linalg.norm(value - wanted) / jnp.linalg.norm(wanted)
+        assert 0 < error < pipeline.BFLOAT16_BOUND
 
 
 def test_shipped_student_has_half_of_the_layers_linear():

@@ -101,7 +101,7 @@ def test_networks_take_turns_and_give_the_same(tiny_pipeline, loaded, monkeypatc
         np.testing.assert_array_equal(latents, wanted[rows])
         one = latents[:1]
         np.testing.assert_array_equal(ours.decode(one), whole.decode(one))
-        assert ours._turns._part == "vae"
+        assert list(ours._turns._on_device) == ["vae"]
     assert read == ["text_encoder", "transformer", "vae"]
 
 
@@ -119,3 +119,15 @@ def test_large_matrices_take_the_compute_dtype_and_leave_after_their_turn(tiny_p
     assert parts.params("text_encoder")["shared"]["embedding"].dtype == jnp.bfloat16
     assert parts.params("vae")["post_quant_conv"]["kernel"].dtype == jnp.float32
     assert on_device() is None, "the transformer must have left the device"
+
+
+def test_resident_networks_stay_on_the_device(tiny_pipeline):
+    """The text encoder leaves; the others are read and moved once."""
+    parts = turns.Turns(turns.open_folder(tiny_pipeline.folder), jnp.bfloat16, resident=True)
+    embedding = weakref.ref(parts.params("text_encoder")["shared"]["embedding"])
+    transformer = parts.params("transformer")
+    assert embedding() is None
+    parts.params("vae")
+    parts.params("text_encoder")
+    assert parts.params("transformer") is transformer
+    assert list(parts._on_device) == ["transformer", "vae", "text_encoder"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert.keys import torch_entries
+from kernels.dispatch import compiling_for
 from linvideo_jax.errors import UserError
 from linvideo_jax.models import module
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, TEXT_TOKENS, WanConfig, WanTransformer
@@ -96,6 +97,27 @@ def test_one_pad_key_stands_for_all_pads(tiny, lengths, tokens):
     expected = run_diffusers(model, latents, timestep, text)
     velocity = jax.jit(ours)(latents, timestep, text[:, :tokens], jnp.array(lengths))
     assert relative_error(velocity, expected) < 1e-4
+
+
+def test_text_and_time_may_be_embedded_before_the_loop(tiny):
+    """One text, two times; and on an accelerator all pads are keys, which is the same."""
+    _, ours = tiny
+    latents, timestep, text = example(TINY, (3, 2, 5), 13)
+    lengths = jnp.array([3, 12])
+    text *= np.arange(13)[:, None] < np.array(lengths)[:, None, None]
+    expected = [jax.jit(ours)(latents, np.full(2, t), text, lengths) for t in timestep]
+    times = ours.embed_time(jnp.asarray(timestep)[:, None])
+    few = ours.embed_text(text, lengths, video_tokens=4096)
+    with compiling_for("gpu"):
+        still_few = ours.embed_text(text, lengths, video_tokens=4095)
+        all_pads = ours.embed_text(text, lengths, video_tokens=4096)
+    assert few.keys.k.shape == still_few.keys.k.shape == (3, 2, 13, 3, 24)
+    assert all_pads.keys.k.shape == (3, 2, TEXT_TOKENS, 3, 24) and all_pads.bias is None
+    run = jax.jit(lambda time, text: ours(latents, time, text, None))
+    for i, wanted in enumerate(expected):
+        time = jax.tree.map(lambda x, i=i: x[i], times)
+        assert relative_error(run(time, few), wanted) < 1e-5
+        assert relative_error(run(time, all_pads), wanted) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -199,5 +221,5 @@ def test_wrong_shapes_and_modes_are_refused(tiny):
     latents, timestep, text = example(TINY, (3, 2, 5), 4)
     with pytest.raises(ValueError, match="patches"):
         ours(latents[:, :, :3], timestep, text, None)
-    with pytest.raises(ValueError, match="feature_map"):
+    with pytest.raises(ValueError, match="feature map"):
         ours(latents, timestep, text, None, mode=jnp.zeros(3, jnp.int32))

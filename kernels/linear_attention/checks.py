@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from kernels.linear_attention.types import State
+from kernels.linear_attention.feature_maps import FEATURES
+from kernels.linear_attention.types import FeatureMap, State
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -40,10 +41,17 @@ def queries_and_keys(q: Array, k: Array) -> None:
         )
 
 
-def state(given: State, q: Array, weight: Array) -> None:
-    """kv is `[batch, heads, 2 features, head_dim]` and mass `[batch, heads, 2 features]`."""
+def feature_map(given: FeatureMap) -> None:
+    """Its name is known."""
+    if given.name not in FEATURES:
+        raise ValueError(f"no feature map {given.name!r}; there are {sorted(FEATURES)}")
+
+
+def state(given: State, q: Array, maps: FeatureMap) -> None:
+    """kv is `[batch, heads, expanded, head_dim]` and mass `[batch, heads, expanded]`."""
     batch, _, heads, head_dim = q.shape
-    mass = (batch, heads, 2 * weight.shape[-1])
+    weight = maps.q
+    mass = (batch, heads, FEATURES[maps.name].count(weight.shape[-1]))
     if given.mass.shape != mass or given.kv.shape != (*mass, head_dim):
         raise ValueError(
             f"state has kv {_text(given.kv)} and mass {_text(given.mass)}: for q {_text(q)} and "
@@ -51,6 +59,12 @@ def state(given: State, q: Array, weight: Array) -> None:
         )
     if {given.kv.dtype, given.mass.dtype} != {jnp.dtype(jnp.float32)}:
         raise ValueError(f"state is {given.kv.dtype} and {given.mass.dtype}: needs float32")
+
+
+def hedgehog_alone(maps: FeatureMap) -> None:
+    """For kernels: NotImplementedError for another map than Hedgehog's."""
+    if maps.name != "hedgehog":
+        raise NotImplementedError(f"takes Hedgehog's map, got {maps.name}")
 
 
 def _tokens(name: str, x: Array, weight: Array) -> None:

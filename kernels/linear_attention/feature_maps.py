@@ -1,28 +1,48 @@
-"""The feature maps of the paper's ablation beside Hedgehog, and attention with any of them.
+"""Feature maps by name: Hedgehog, and those of the paper's ablation.
 
-All take the same projections as Hedgehog, `[heads, head_dim, features]`, and are plain JAX. With F
-features of the projection a state holds, per head, that many numbers times head_dim:
+All take the same projections, `[heads, head_dim, features]`. With F features of the projection a
+state holds, per head, that many numbers times head_dim:
 
 | map | features | at Wan's head_dim 128 (F 64) | at wan-digits' 32 (F 16) |
 |---|---|---|---|
-| Hedgehog (`reference.hedgehog`) | 2 F | 128 | 32 |
+| `hedgehog` | 2 F | 128 | 32 |
 | `relu` | 2 F | 128 | 32 |
 | `taylor` | 1 + F + F^2 | 4,161 | 273 |
 
-So Taylor's products with the state cost 33 times (9 times) as much as Hedgehog's.
+So Taylor's products with the state cost 33 times (9 times) as much as Hedgehog's. Hedgehog alone
+has kernels; the others are plain JAX.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels.linear_attention.reference import apply_to_features, project, state_of_features
+from kernels.dispatch import einsum_float32
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+
+def project(
+    x: Float[Array, "batch tokens heads head_dim"],
+    weight: Float[Array, "heads head_dim features"],
+) -> Float[Array, "batch tokens heads features"]:
+    """x W of every head, float32."""
+    return einsum_float32("bthd,hdf->bthf", x, weight.astype(x.dtype))
+
+
+def hedgehog(
+    x: Float[Array, "batch tokens heads head_dim"],
+    weight: Float[Array, "heads head_dim features"],
+) -> Float[Array, "batch tokens heads double_features"]:
+    """[softmax(x W), softmax(-x W)], in float32, rounded to x's dtype."""
+    y = project(x, weight)
+    features = jnp.concatenate([jax.nn.softmax(y), jax.nn.softmax(-y)], axis=-1)
+    return features.astype(x.dtype)
 
 
 def relu(
@@ -47,10 +67,15 @@ def taylor(
     return jnp.concatenate([jnp.ones_like(y[..., :1]), y, squares], axis=-1).astype(x.dtype)
 
 
-def attend(
-    phi_q: Float[Array, "batch tokens heads features"],
-    phi_k: Float[Array, "batch keys heads features"],
-    v: Float[Array, "batch keys heads head_dim"],
-) -> Float[Array, "batch tokens heads head_dim"]:
-    """phi_q (phi_k^T v) / (phi_q sum phi_k) (LinVideo, eq. 5), sums and division in float32."""
-    return apply_to_features(phi_q, state_of_features(phi_k, v)).astype(v.dtype)
+class Features(NamedTuple):
+    """A map, and how many features it makes of a projection's."""
+
+    of: Callable[[Array, Array], Array]
+    count: Callable[[int], int]
+
+
+FEATURES = {
+    "hedgehog": Features(hedgehog, lambda features: 2 * features),
+    "relu": Features(relu, lambda features: 2 * features),
+    "taylor": Features(taylor, lambda features: 1 + features + features**2),
+}

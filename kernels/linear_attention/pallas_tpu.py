@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.dispatch import platform
+from kernels.linear_attention import checks
 from kernels.linear_attention import pallas_tpu_kernels as bodies
 from kernels.linear_attention.pallas_tpu_grid import Grid, TileConfig
 from kernels.linear_attention.reference import TINY
@@ -53,6 +54,7 @@ def linear_attention_state(
     config: TileConfig = TILES,
 ) -> State:
     """See `interface.linear_attention_state`. Raises: as `linear_attention`."""
+    checks.hedgehog_alone(feature_map)
     _refuse(k, feature_map.k)
     batch, keys, _, _ = k.shape
     lengths = jnp.full(batch, keys) if key_lengths is None else jnp.minimum(key_lengths, keys)
@@ -66,6 +68,7 @@ def apply_state(
     config: TileConfig = TILES,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.apply_state`. Raises: as `linear_attention`."""
+    checks.hedgehog_alone(feature_map)
     _refuse(q, feature_map.q)
     return _apply(q, state, _both_signs(feature_map.q), config)
 

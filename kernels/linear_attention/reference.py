@@ -1,13 +1,13 @@
-"""Hedgehog linear attention in plain JAX: the semantics every kernel is tested against."""
+"""Linear attention in plain JAX: the semantics every kernel is tested against."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 
 from kernels.dispatch import einsum_float32
+from kernels.linear_attention.feature_maps import FEATURES
 from kernels.linear_attention.types import FeatureMap, State
 
 if TYPE_CHECKING:
@@ -18,24 +18,6 @@ if TYPE_CHECKING:
 EPSILON = 1e-12
 # Least divisor of a sum of features, so that one without mass has a mean of zero.
 TINY = float(jnp.finfo(jnp.float32).tiny)
-
-
-def project(
-    x: Float[Array, "batch tokens heads head_dim"],
-    weight: Float[Array, "heads head_dim features"],
-) -> Float[Array, "batch tokens heads features"]:
-    """x W of every head, float32."""
-    return einsum_float32("bthd,hdf->bthf", x, weight.astype(x.dtype))
-
-
-def hedgehog(
-    x: Float[Array, "batch tokens heads head_dim"],
-    weight: Float[Array, "heads head_dim features"],
-) -> Float[Array, "batch tokens heads double_features"]:
-    """[softmax(x W), softmax(-x W)], in float32, rounded to x's dtype."""
-    y = project(x, weight)
-    features = jnp.concatenate([jax.nn.softmax(y), jax.nn.softmax(-y)], axis=-1)
-    return features.astype(x.dtype)
 
 
 def linear_attention(
@@ -57,7 +39,7 @@ def linear_attention_state(
 ) -> State:
     """See `interface.linear_attention_state`; supports every input."""
     k, v = _wide(k), _wide(v)
-    phi = hedgehog(k, feature_map.k)
+    phi = FEATURES[feature_map.name].of(k, feature_map.k)
     if key_lengths is not None:
         valid = (jnp.arange(k.shape[1]) < key_lengths[:, None])[..., None, None]
         phi, v = jnp.where(valid, phi, 0), jnp.where(valid, v, 0)
@@ -68,7 +50,8 @@ def apply_state(
     q: Float[Array, "batch tokens heads head_dim"], state: State, feature_map: FeatureMap
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """See `interface.apply_state`; supports every input."""
-    return apply_to_features(hedgehog(_wide(q), feature_map.q), state).astype(q.dtype)
+    phi = FEATURES[feature_map.name].of(_wide(q), feature_map.q)
+    return apply_to_features(phi, state).astype(q.dtype)
 
 
 def state_of_features(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from linvideo_jax.data import prompts
 from linvideo_jax.data.digits import (
     ABSENT,
     BACKGROUNDS,
@@ -208,12 +209,29 @@ def stack(readings: list[Labels]) -> Labels:
     return Labels(*(np.stack(field) for field in zip(*readings, strict=True)))
 
 
-def write_prompts(path: str | Path, n: int, split: str, seed: int, num_frames: int = 25) -> None:
-    """Writes n different captions of `split`, one a line; the same arguments give the same file."""
+def said(sentence: str) -> bytes:
+    """What a sentence of `captions` asks for, the same for all its wordings."""
+    return b"".join(np.asarray(field).tobytes() for field in labels(sentence))
+
+
+def write_prompts(
+    path: str | Path,
+    n: int,
+    split: str,
+    seed: int,
+    num_frames: int = 25,
+    apart_from: str | Path | None = None,
+) -> None:
+    """Writes n different captions of `split`, one a line; the same arguments give the same file.
+
+    apart_from: a list of prompts; none asks for what one of these asks for, in other words either.
+    """
     rng = np.random.default_rng(seed)
+    taken = set(map(said, prompts.read(apart_from))) if apart_from else set()
     lines: dict[str, None] = {}
     while len(lines) < n:
-        lines |= dict.fromkeys(captions(sample_attributes(rng, n, num_frames, split), rng))
+        drawn = captions(sample_attributes(rng, n, num_frames, split), rng)
+        lines |= dict.fromkeys(line for line in drawn if said(line) not in taken)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -227,4 +245,8 @@ if __name__ == "__main__":
     folder = Path(parser.parse_args().folder)
     write_prompts(folder / "prompts_digits_train.txt", 1000, "train", seed=1)
     write_prompts(folder / "prompts_digits_test.txt", 256, "test", seed=2)
+    # Settings are chosen on these, tables are made on the ones above.
+    test = folder / "prompts_digits_test.txt"
+    validation = folder / "prompts_digits_validation.txt"
+    write_prompts(validation, 128, "test", seed=3, apart_from=test)
     write_prompts(folder / "prompts_digits_test_81.txt", 256, "test", seed=2, num_frames=81)

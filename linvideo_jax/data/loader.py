@@ -1,10 +1,12 @@
 """Batches of samples: shuffled, made beside the updates, and resumed exactly (grain)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+
+ENDLESS = 1 << 50  # samples
 
 
 def samples(
@@ -23,20 +25,24 @@ def batches(
     batch_size: int,
     *,
     num_threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of samples stacked on axis 0, as an iterator with grain's get_state and set_state.
 
-    Step s has the samples s * batch_size to (s + 1) * batch_size - 1, of which each process gets
-    its consecutive part: in the order of processes they are the same for any number of them, and
-    so is the iterator's state. num_threads: that prepare batches ahead; 0 prepares each when it is
-    asked for, in the caller's thread.
-
-    Raises ValueError if the processes cannot share a batch evenly.
+    Step s has the samples s * batch_size to (s + 1) * batch_size - 1. rows: which of these, in
+    ascending order and counted from 0, this process gets (None: all); so the samples of a step are
+    the same for any number of processes, and so is the iterator's state. num_threads: that prepare
+    batches ahead; 0 prepares each when it is asked for, in the caller's thread.
     """
-    if batch_size % process_count:
-        raise ValueError(f"{process_count} processes cannot share batches of {batch_size} evenly")
-    own = dataset.batch(batch_size // process_count)[process_index::process_count]
+    if rows is None or len(rows) == batch_size:
+        own = dataset.batch(batch_size)
+    else:
+        rows = [int(row) for row in rows]
+
+        def sample(number: int) -> Any:
+            step, index = divmod(number, len(rows))
+            return dataset[step * batch_size + rows[index]]
+
+        own = grain.MapDataset.range(ENDLESS).map(sample).batch(len(rows))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(own.to_iter_dataset(options))

@@ -8,7 +8,7 @@ m_i.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,26 +118,28 @@ def unipc_table(sigmas: Float[np.ndarray, " steps+1"]) -> SolverTable:
 
 
 def sample(
-    velocity: Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]],
+    velocity: Callable[[Float[Array, "..."], Any], Float[Array, "..."]],
     noise: Float[Array, "..."],
     sigmas: Float[np.ndarray, " steps+1"],
     sampler: str = "unipc",
     *,
     trajectory: bool = False,
     has_aux: bool = False,
-    times: Float[np.ndarray, " steps"] | None = None,
+    times: Any = None,
     keys: Key[Array, " batch"] | None = None,
 ):
     """Integrates dx/dsigma = velocity from sigmas[0] to sigmas[-1] = 0; works inside jit.
 
     Args:
-      velocity: velocity(x, time) -> array of x's shape; time is a float32 scalar.
+      velocity: velocity(x, time) -> array of x's shape; time is a float32 scalar, or a row of
+        `times`.
       noise: the state at sigmas[0], float32.
       sigmas: concrete, falling, the last one 0 (`grids.sigma_grid`).
       sampler: "unipc", "euler", "dpm++" or "renoise".
       trajectory: also return what the network saw and said.
       has_aux: `velocity` returns (velocity, anything); also return its anythings, stacked by step.
-      times: what `velocity` receives as time, one a step; the sigmas if None.
+      times: what `velocity` receives as time, in float32: an array or a tree of arrays with a row
+        a step; the sigmas if None.
       keys: of "renoise" alone: one a sample on axis 0, from which its fresh noise is drawn.
 
     Returns:

@@ -1,5 +1,6 @@
 """What a run measured, a JSON line for each logged step, and the same in TensorBoard."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ class MetricsFile:
 
     def __exit__(self, *exception) -> None:
         self._board.close()
+
+
+class NoMetricsFile(contextlib.nullcontext):
+    """What a host that is not the first has in its place."""
+
+    def __enter__(self) -> "NoMetricsFile":
+        return self
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -12,14 +12,23 @@ from absl import logging
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.loop.guard import Guard
-from linvideo_jax.loop.metrics_file import MetricsFile
+from linvideo_jax.loop.metrics_file import MetricsFile, NoMetricsFile
 from linvideo_jax.loop.signals import Interrupted, Signals
 from linvideo_jax.loop.states import States
 from linvideo_jax.loop.tracing import Trace
+from linvideo_jax.parallel import hosts
 from linvideo_jax.progress import Progress
 
 Metrics = dict[str, jax.Array]
 Event = tuple[int, Callable[[int, Any], None]]
+
+
+class Diverged(UserError):
+    """The training has diverged after `step` updates."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 def run(
@@ -42,7 +51,9 @@ def run(
 
     `update` must depend on its arguments alone (randomness folded from the step): then a run that
     was interrupted or killed and resumed equals an undisturbed one bit for bit. It must not write
-    to the buffers of the state that it is given. The host waits for the device only where metrics
+    to the buffers of the state that it is given. With several hosts each runs the same loop: the
+    first writes the metrics, all write their parts of the states, and a signal to one stops all
+    after the same step. The host waits for the device only where metrics
     are logged or a state is saved. A metric "loss" must be among the metrics.
 
     Args:
@@ -57,9 +68,9 @@ def run(
         the last, and again where a resumed run begins; 0: never. Their time is not the steps'.
       profile_at: 3 steps after so many go to `folder/profile-trace` for TensorBoard; 0: none.
 
-    Raises Interrupted after a signal and its save, and UserError when a metric is not finite or the
-    guard complains (such a state is never saved), when the disk is full, or when the state in
-    `folder` is of another model.
+    Raises Interrupted after a signal and its save, Diverged when a metric is not finite or the
+    guard complains (such a state is never saved), and UserError when the disk is full, or when the
+    state in `folder` is of another model.
     """
     folder, guard = Path(folder).absolute(), guard or Guard()
     trace = Trace(folder / "profile-trace", profile_at)
@@ -72,9 +83,9 @@ def run(
         if first >= num_steps:
             return state
         with (
-            MetricsFile(folder, first) as metrics_file,
+            MetricsFile(folder, first) if hosts.is_first() else NoMetricsFile() as metrics_file,
             Signals() as signals,
-            Progress(name, num_steps, first) as progress,
+            Progress(name, num_steps, first, shown=hosts.is_first()) as progress,
         ):
             with _writing(name, folder), signals.cutting():
                 _call(events, first, state, resumed=True)
@@ -84,7 +95,8 @@ def run(
                 batch = () if data is None else (next(data),)
                 state, metrics = update(state, step, *batch)
                 trace.after(step, metrics)
-                done, last, stopped = step + 1, step + 1 == num_steps, signals.received
+                done, last = step + 1, step + 1 == num_steps
+                stopped = hosts.stop_now(done, signals.received)
                 log = done % log_every == 0 or last
                 save = done % save_every == 0 or last or stopped
                 names = {"loss", guard.metric, best} & set(metrics)
@@ -131,7 +143,7 @@ def _check(
     watched: Sequence[dict[str, Any]],
     states: States,
 ) -> None:
-    """UserError for the first of the `watched` steps up to `done` at which something is wrong."""
+    """Diverged for the first of the `watched` steps up to `done` at which something is wrong."""
     complaints = [
         (step, guard.complaint(step - 1, {key: float(value) for key, value in at.items()}))
         for step, at in enumerate(watched, done - len(watched) + 1)
@@ -145,9 +157,10 @@ def _check(
         if complaint:
             good = states.newest_good()
             kept = f"its last good state is {states.folder / str(good)}" if good else "none is kept"
-            raise UserError(
+            raise Diverged(
                 f"{name} diverged at step {step} ({complaint}): lower its learning rate in another "
-                f"--workdir; {kept}."
+                f"--workdir; {kept}.",
+                step,
             )
 
 

@@ -1,10 +1,13 @@
 """SIGINT and SIGTERM, which let the step that runs finish."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+
+from linvideo_jax.parallel import hosts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,13 +21,19 @@ class Waiting(Exception):
 class Signals:
     """Turns SIGINT and SIGTERM into a flag that the loop reads between two steps.
 
-    A second signal stops at once: what was done since the last save is lost.
+    A second signal stops at once: what was done since the last save is lost. With several hosts
+    SIGTERM is left to JAX, which tells all of them (`hosts.stop_now`), and SIGINT becomes one.
     """
 
     def __enter__(self):
         self.received, self._raises = False, False
         self._previous = {}
-        if threading.current_thread() is threading.main_thread():
+        if hosts.several():
+            as_sigterm = signal.signal(
+                signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+            )
+            self._previous[signal.SIGINT] = as_sigterm
+        elif threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
         return self

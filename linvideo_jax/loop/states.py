@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from grain import checkpoint as grain_checkpoint
 from orbax.checkpoint import checkpoint_managers
 
 from linvideo_jax import folders
@@ -87,7 +86,8 @@ class States:
         """
         items = {"state": ocp.args.StandardSave(state), "loop": ocp.args.JsonSave(own)}
         if self._data is not None:
-            items["data"] = grain_checkpoint.CheckpointSave(self._data)
+            # Not grain's own: its files are of one number of hosts.
+            items["data"] = ocp.args.JsonSave(self._data.get_state())
         self.wait()
         folders.check_space(self.folder, self._size)
         try:
@@ -107,8 +107,8 @@ class States:
         onwards = f"goes on from step {max(there)}" if there else "begins anew"
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         return UserError(
-            f"a state could not be saved in {self.folder} ({reason[:200]}): make room if the disk is "
-            f"full; the same command then {onwards}."
+            f"a state could not be saved in {self.folder} ({reason[:200]}): make room if the disk "
+            f"is full; the same command then {onwards}."
         )
 
     def restore(self, step: int) -> tuple[Any, Any]:
@@ -118,7 +118,7 @@ class States:
             "loop": ocp.args.JsonRestore(),
         }
         if self._data is not None:
-            items["data"] = grain_checkpoint.CheckpointRestore(self._data)
+            items["data"] = ocp.args.JsonRestore()
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many kinds, for a damaged file too
@@ -127,4 +127,6 @@ class States:
                 f"the state in {self.folder.parent} is damaged or of another model: choose another "
                 "--workdir, or delete it."
             ) from error
+        if self._data is not None:
+            self._data.set_state(restored["data"])
         return restored["state"], restored["loop"]

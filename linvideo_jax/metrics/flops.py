@@ -4,6 +4,7 @@ A multiplication with its addition counts as two; matrix products alone are coun
 rest is far below a percent.
 """
 
+import math
 from collections.abc import Sequence
 
 from linvideo_jax.models.wan import TEXT_TOKENS, WanConfig
@@ -24,11 +25,35 @@ def softmax_attention(config: WanConfig, tokens: int) -> int:
 
 
 def linear_attention(config: WanConfig, tokens: int) -> int:
-    """The same by Hedgehog's features, as many as head_dim: the two feature maps, K^T V, Q (K^T V).
+    """The same by features: the two projections, K^T V, Q (K^T V); Hedgehog without a feature map.
 
-    The feature map's matrix is [head_dim, head_dim / 2]; its mirrored half costs nothing.
+    A projection is [head_dim, head_dim / 2]. Hedgehog and ReLU make as many features as head_dim of
+    it, whose mirrored half costs nothing; Taylor's are 1, the projection and its products.
     """
-    return (2 + 4) * tokens * config.dim * config.attention_head_dim
+    head_dim = config.attention_head_dim
+    projected = head_dim // 2
+    features = 1 + projected + projected**2 if config.feature_map == "taylor" else 2 * projected
+    return tokens * config.dim * (4 * projected + 4 * features)
+
+
+def cross_attention(config: WanConfig, tokens: int, text_tokens: int = TEXT_TOKENS) -> int:
+    """One layer's cross-attention after its projections: Q K^T and its product with V."""
+    return 4 * tokens * text_tokens * config.dim
+
+
+def weight_products(config: WanConfig, tokens: int, text_tokens: int = TEXT_TOKENS) -> int:
+    """One layer's products with weights: self-attention's four projections, cross-attention's of
+    queries, output and text, the feed-forward."""
+    dim = config.dim
+    return 2 * tokens * (6 * dim**2 + 2 * dim * config.ffn_dim) + 2 * text_tokens * 2 * dim**2
+
+
+def ends(config: WanConfig, tokens: int, text_tokens: int = TEXT_TOKENS) -> int:
+    """What is outside of the layers: patches, output head, embeddings of text and time."""
+    dim, patch = config.dim, math.prod(config.patch_size)
+    patches = 2 * tokens * dim * patch * (config.in_channels + config.out_channels)
+    text = 2 * text_tokens * dim * (config.text_dim + dim)
+    return patches + text + 2 * dim * (config.freq_dim + 7 * dim)
 
 
 def forward(
@@ -36,24 +61,19 @@ def forward(
     tokens: int,
     linear_layers: Sequence[int] = (),
     text_tokens: int = TEXT_TOKENS,
+    mixed_layers: Sequence[int] = (),
 ) -> int:
     """One forward of one video, of one half of guidance.
 
-    tokens: of the video (`video_tokens`); text_tokens: keys of cross-attention.
+    tokens: of the video (`video_tokens`); text_tokens: keys of cross-attention; mixed_layers:
+    those that compute softmax and linear attention both.
     """
-    dim, patch = config.dim, 1
-    for side in config.patch_size:
-        patch *= side
-    # Self-attention's four projections, cross-attention's of the queries and the output.
-    projections = 2 * tokens * (6 * dim**2 + 2 * dim * config.ffn_dim)
-    cross = 2 * text_tokens * 2 * dim**2 + 4 * tokens * text_tokens * dim
-    ends = 2 * tokens * dim * patch * (config.in_channels + config.out_channels)
-    text = 2 * text_tokens * dim * (config.text_dim + dim)
-    time = 2 * dim * (config.freq_dim + 7 * dim)
-    linear = len(linear_layers)
+    layer = weight_products(config, tokens, text_tokens)
+    layer += cross_attention(config, tokens, text_tokens)
+    linear, mixed = len(linear_layers), len(mixed_layers)
     attention = (config.num_layers - linear) * softmax_attention(config, tokens)
-    attention += linear * linear_attention(config, tokens)
-    return config.num_layers * (projections + cross) + attention + ends + text + time
+    attention += (linear + mixed) * linear_attention(config, tokens)
+    return config.num_layers * layer + attention + ends(config, tokens, text_tokens)
 
 
 def saved(

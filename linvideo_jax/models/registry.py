@@ -11,11 +11,13 @@ from linvideo_jax.models.wan import WanConfig
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Configurations of the three networks of one video model."""
+    """Configurations of the three networks of one video model; video: height, width and frames of
+    what it was trained on, the largest if there are several."""
 
     transformer: WanConfig
     vae: VAEConfig
     text_encoder: UMT5Config
+    video: tuple[int, int, int] = (480, 832, 81)
 
 
 def wan_digits() -> ModelSizes:
@@ -35,6 +37,7 @@ def wan_digits() -> ModelSizes:
         text_encoder=UMT5Config(
             vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
         ),
+        video=(96, 96, 25),
     )
 
 
@@ -46,7 +49,7 @@ def wan2_1_t2v_1_3b() -> ModelSizes:
 def wan2_1_t2v_14b() -> ModelSizes:
     """Wan2.1-T2V-14B: 14,288,491,584 parameters of the transformer, for 480p and 720p."""
     transformer = WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40)
-    return ModelSizes(transformer, VAEConfig(), UMT5Config())
+    return ModelSizes(transformer, VAEConfig(), UMT5Config(), (720, 1280, 81))
 
 
 MODELS = {

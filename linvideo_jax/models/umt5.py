@@ -118,6 +118,7 @@ class Attention(nnx.Module):
             config.relative_attention_num_buckets, config.num_heads, d**-0.5, rngs=rngs
         )
 
+    @jax.named_scope("self_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens d_model"],
@@ -143,6 +144,7 @@ class FeedForward(nnx.Module):
         self.wi_1 = Linear(d, hidden, d**-0.5, rngs=rngs)
         self.wo = Linear(hidden, d, hidden**-0.5, rngs=rngs)
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "batch tokens d_model"]) -> Array:
         return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
 
@@ -180,6 +182,7 @@ class UMT5Encoder(nnx.Module):
         self.blocks = stacked(rngs)
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
+    @jax.named_scope("text_encoder")
     def __call__(
         self,
         ids: Int[Array, "batch tokens"],

@@ -237,12 +237,14 @@ class WanVAE(nnx.Module):
         (video,) = by_pieces(_decode_step, self, latents, 1, dtype)
         return video
 
+    @jax.named_scope("vae_encode")
     def encode_piece(self, video: Video, history: History, dtype: DTypeLike) -> tuple[Video, Video]:
         """`encode` of the frames that follow those in `history`, which is brought forward."""
         moments = self.quant_conv(self.encoder(video.astype(dtype), history))
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
+    @jax.named_scope("vae_decode")
     def decode_piece(self, latents: Video, history: History, dtype: DTypeLike) -> Video:
         """`decode` of the latents that follow those in `history`, which is brought forward."""
         latents = self.post_quant_conv(latents.astype(dtype))

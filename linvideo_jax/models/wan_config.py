@@ -5,6 +5,8 @@ from typing import Any
 
 from linvideo_jax.errors import UserError
 
+FEATURE_MAPS = ("hedgehog", "relu", "taylor")  # of `kernels.linear_attention.feature_maps`
+
 _IMAGE_TO_VIDEO = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
 
@@ -12,7 +14,7 @@ _IMAGE_TO_VIDEO = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 class WanConfig:
     """Sizes under the key names of diffusers' WanTransformer3DModel; `feature_map` is ours.
 
-    `feature_map`: None, or "hedgehog" if the layers have linear attention too.
+    `feature_map`: None, or one of FEATURE_MAPS if the layers have linear attention too.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)

@@ -1,6 +1,7 @@
 """Layers of the Wan2.1 transformer; `wan.py` stacks and scans them."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.linear_attention import FeatureMap, linear_attention
-from kernels.softmax_attention import softmax_attention
+from kernels.linear_attention import FeatureMap
+from kernels.mixture import mix
+from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.rotary import rotate
 from linvideo_jax.models.wan_config import WanConfig
 
@@ -50,6 +52,7 @@ class PatchEmbedding(nnx.Module):
         self.kernel = nnx.Param(flat.reshape(*patch, *shape))
         self.bias = nnx.Param(jnp.zeros(config.dim))
 
+    @jax.named_scope("patch_embedding")
     def __call__(
         self, latents: Float[Array, "batch frames height width channels"]
     ) -> Float[Array, "batch tokens dim"]:
@@ -82,12 +85,19 @@ class TimeEmbedder(nnx.Module):
         self.linear_1 = linear(config.freq_dim, config.dim, rngs, **options)
         self.linear_2 = linear(config.dim, config.dim, rngs, **options)
 
-    def __call__(self, timestep: Float[Array, "batch"]) -> Float[Array, "batch dim"]:
+    def __call__(self, timestep: Float[Array, "*batch"]) -> Float[Array, "*batch dim"]:
         half = self.freq_dim // 2
         frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
-        angles = timestep.astype(jnp.float32)[:, None] * frequencies
+        angles = timestep.astype(jnp.float32)[..., None] * frequencies
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class TimeEmbedding(NamedTuple):
+    """What the network knows of the time, float32: in the head, and in every block."""
+
+    head: Float[Array, "*batch dim"]
+    blocks: Float[Array, "*batch 6 dim"]
 
 
 class ConditionEmbedder(nnx.Module):
@@ -97,6 +107,13 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = TextEmbedder(config, rngs)
         self.time_embedder = TimeEmbedder(config, rngs)
         self.time_proj = linear(config.dim, 6 * config.dim, rngs, precision="highest")
+
+    @jax.named_scope("time_embedding")
+    def embed_time(self, timestep: Float[Array, "*batch"]) -> TimeEmbedding:
+        """Of timesteps in [0, 1000]; of all steps of a sampler at once, one product each."""
+        head = self.time_embedder(timestep)
+        blocks = self.time_proj(jax.nn.silu(head))
+        return TimeEmbedding(head, blocks.reshape(*head.shape[:-1], 6, head.shape[-1]))
 
 
 class Attention(nnx.Module):
@@ -126,24 +143,28 @@ class SelfAttention(Attention):
 
     def __init__(self, config: WanConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        if config.feature_map == "hedgehog":
-            self.feature_map = HedgehogMap(config)
+        self.features = config.feature_map
+        if config.feature_map is not None:
+            self.feature_map = FeatureProjections(config)
 
+    @jax.named_scope("self_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
         rotation: tuple[Float[Array, "tokens 1 pairs"], Float[Array, "tokens 1 pairs"]],
         r: Float[Array, ""],
         mode: Int[Array, ""] | None,
+        layout: Layout,
     ) -> Float[Array, "batch tokens dim"]:
         q, k, v = self.heads_of(x, rotation)
         if mode is None:
-            out = softmax_attention(q, k, v)
+            out = _softmax(layout, r, q, k, v, None)
         else:
-            branches = (_softmax, _linear_only, _mix)
+            branches = [partial(branch, layout) for branch in (_softmax, _linear_only, _mix)]
             out = jax.lax.switch(mode, branches, r, q, k, v, self.maps())
         return self.to_out(out.reshape(x.shape))
 
+    @jax.named_scope("queries_keys_values")
     def heads_of(self, x, rotation):
         """Normed and rotated q and k, and v, each `[batch, tokens, heads, head_dim]`."""
         q = rotate(self.normed(self.to_q(x), self.norm_q), rotation).astype(x.dtype)
@@ -151,56 +172,74 @@ class SelfAttention(Attention):
         return q, k, self.split_heads(self.to_v(x))
 
     def maps(self) -> FeatureMap:
-        return FeatureMap(self.feature_map.q[...], self.feature_map.k[...])
+        return FeatureMap(self.feature_map.q[...], self.feature_map.k[...], self.features)
 
-    def with_error(self, x, rotation) -> tuple[Float[Array, "batch tokens dim"], Float[Array, ""]]:
+    def with_error(
+        self, x, rotation, layout: Layout
+    ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, ""]]:
         """Softmax attention, and the relative squared error of the linear one at the same heads.
 
         The error's gradient reaches the feature maps alone.
         """
         q, k, v = jax.lax.stop_gradient(self.heads_of(x, rotation))
-        out = softmax_attention(q, k, v)
+        out = layout.softmax_attention(q, k, v)
         wanted = out.astype(jnp.float32)
-        error = jnp.square(linear_attention(q, k, v, self.maps()).astype(jnp.float32) - wanted)
-        return self.to_out(out.reshape(x.shape)), jnp.mean(error) / jnp.mean(jnp.square(wanted))
+        linear = layout.linear_attention(q, k, v, self.maps()).astype(jnp.float32)
+        # Pads add zero to both sums.
+        error = jnp.sum(jnp.square(linear - wanted)) / jnp.sum(jnp.square(wanted))
+        return self.to_out(out.reshape(x.shape)), error
 
 
-def _softmax(r, q, k, v, maps):
-    return softmax_attention(q, k, v)
+@jax.named_scope("softmax")
+def _softmax(layout, r, q, k, v, maps):
+    return layout.softmax_attention(q, k, v)
 
 
-def _linear_only(r, q, k, v, maps):
-    return linear_attention(q, k, v, maps)
+@jax.named_scope("linear")
+def _linear_only(layout, r, q, k, v, maps):
+    return layout.linear_attention(q, k, v, maps)
 
 
-def _mix(r, q, k, v, maps):
+@jax.named_scope("mix")
+def _mix(layout, r, q, k, v, maps):
     """LinVideo, eq. 8: r softmax + (1 - r) linear."""
-    quadratic = softmax_attention(q, k, v).astype(jnp.float32)
-    linear = linear_attention(q, k, v, maps).astype(jnp.float32)
-    return (r * quadratic + (1 - r) * linear).astype(v.dtype)
+    return mix(r, layout.softmax_attention(q, k, v), layout.linear_attention(q, k, v, maps))
 
 
-class HedgehogMap(nnx.Module):
-    """Hedgehog's projections of queries and keys, per head."""
+class FeatureProjections(nnx.Module):
+    """The feature map's projections of queries and keys, per head."""
 
     def __init__(self, config: WanConfig):
         initial = initial_feature_map(config)
         self.q, self.k = (nnx.Param(jnp.asarray(initial[name][0])) for name in ("q", "k"))
 
 
+class TextKeys(NamedTuple):
+    """Keys and values of a text in the compute dtype; of all layers on axis 0, or of one."""
+
+    k: Float[Array, "*layers batch text heads head_dim"]
+    v: Float[Array, "*layers batch text heads head_dim"]
+
+
 class CrossAttention(Attention):
     """Attention of the video tokens to the text, without positions."""
 
+    @jax.named_scope("text_keys")
+    def keys(self, text: Float[Array, "batch text dim"]) -> TextKeys:
+        """What the video tokens see of an embedded text, the same at every step of a sampler."""
+        k = self.normed(self.to_k(text), self.norm_k).astype(text.dtype)
+        return TextKeys(k, self.split_heads(self.to_v(text)))
+
+    @jax.named_scope("cross_attention")
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        text: Float[Array, "batch text dim"],
+        keys: TextKeys,
         bias: Float[Array, "batch 1 1 text"] | None,
+        layout: Layout,
     ) -> Float[Array, "batch tokens dim"]:
         q = self.normed(self.to_q(x), self.norm_q).astype(x.dtype)
-        k = self.normed(self.to_k(text), self.norm_k).astype(x.dtype)
-        v = self.split_heads(self.to_v(text))
-        return self.to_out(softmax_attention(q, k, v, bias=bias).reshape(x.shape))
+        return self.to_out(layout.cross_attention(q, *keys, bias).reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -210,6 +249,7 @@ class FeedForward(nnx.Module):
         self.linear_1 = linear(config.dim, config.ffn_dim, rngs)
         self.linear_2 = linear(config.ffn_dim, config.dim, rngs)
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
 
@@ -226,22 +266,22 @@ class Block(nnx.Module):
         self.norm2 = ScaleBias(config.dim)
         self.ffn = FeedForward(config, rngs)
 
-    def __call__(self, x, text, text_bias, time, rotation, r, mode, measure: bool = False):
-        """x `[batch, tokens, dim]` float32, text in the compute dtype, time `[batch, 6, dim]`.
+    def __call__(self, x, keys, text_bias, time, rotation, layout, r, mode, measure: bool = False):
+        """x `[batch, tokens, dim]` float32, keys `TextKeys` of this layer, time `[#batch, 6, dim]`.
 
         Returns the next x; with `measure` (x, `SelfAttention.with_error`'s error).
         """
-        dtype = text.dtype
+        dtype = keys.v.dtype
         modulation = self.scale_shift_table[...] + time
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=1)
         y = (layer_norm(x, self.eps) * (1 + scale_1) + shift_1).astype(dtype)
         if measure:
-            attended, error = self.attn1.with_error(y, rotation)
+            attended, error = self.attn1.with_error(y, rotation, layout)
         else:
-            attended, error = self.attn1(y, rotation, r, mode), None
+            attended, error = self.attn1(y, rotation, r, mode, layout), None
         x = x + attended.astype(jnp.float32) * gate_1
         y = layer_norm(x, self.eps) * self.norm2.scale[...] + self.norm2.bias[...]
-        x = x + self.attn2(y.astype(dtype), text, text_bias).astype(jnp.float32)
+        x = x + self.attn2(y.astype(dtype), keys, text_bias, layout).astype(jnp.float32)
         y = (layer_norm(x, self.eps) * (1 + scale_2) + shift_2).astype(dtype)
         x = x + self.ffn(y).astype(jnp.float32) * gate_2
         return (x, error) if measure else x
@@ -254,13 +294,16 @@ def initial_feature_map(config: WanConfig) -> dict[str, np.ndarray]:
     frequencies, and scales it by c = sqrt(sqrt(head_dim) / 2). Then phi(q) phi(k), which grows as
     1 + c^2 (q k) / features, and softmax attention's exp(q k / sqrt(head_dim)) agree to first
     order on the pairs selected; on random rotated heads the divergence between the two attentions
-    was least near this scale, and changed little with the selection.
+    was least near this scale, and changed little with the selection. Taylor's products are
+    1 + s + s^2 / 2 of s = y_q y_k, so its W has the scale at which s is q k / sqrt(head_dim);
+    ReLU's cancels in the division.
     """
     head_dim = config.attention_head_dim
     pairs = np.arange(head_dim // 2)
     order = np.concatenate([pairs[0::2], pairs[1::2]])
     columns = np.stack([2 * order, 2 * order + 1], axis=-1).reshape(-1)[: head_dim // 2]
     weight = np.zeros((head_dim, head_dim // 2), np.float32)
-    weight[columns, np.arange(head_dim // 2)] = (head_dim**0.5 / 2) ** 0.5
+    scale = (head_dim**0.5 / 2) ** 0.5 if config.feature_map != "taylor" else head_dim**-0.25
+    weight[columns, np.arange(head_dim // 2)] = scale
     shape = (config.num_layers, config.num_attention_heads, *weight.shape)
     return {name: np.broadcast_to(weight, shape).copy() for name in ("q", "k")}

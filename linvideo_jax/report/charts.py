@@ -29,10 +29,12 @@ def lines(
     y_range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
     classes: str = "",
+    wide_x: bool = False,
 ) -> str:
     """Curves over steps; logarithmic where they are positive and span more than a factor of 20.
 
-    marks: vertical lines (step, word). `title` is for readers of the page who hear it.
+    wide_x: x is logarithmic too. marks: vertical lines (step, word). `title` is for readers of the
+    page who hear it.
     """
     width, height = size
     x_all = np.concatenate([curve.x for curve in curves])
@@ -43,8 +45,11 @@ def lines(
     rise = math.log10 if logarithmic else float
     x_low, x_high = float(x_all.min()), float(max(x_all.max(), x_all.min() + 1))
 
+    along = math.log10 if wide_x else float
+
     def at_x(x):
-        return _LEFT + (x - x_low) / (x_high - x_low) * (width - _LEFT - _RIGHT)
+        share = (along(x) - along(x_low)) / (along(x_high) - along(x_low))
+        return _LEFT + share * (width - _LEFT - _RIGHT)
 
     def at_y(y):
         share = (rise(y) - rise(low)) / (rise(high) - rise(low))
@@ -57,7 +62,8 @@ def lines(
         parts.append(
             f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>'
         )
-    for tick in _even(x_low, x_high, 4 if width < 500 else 8):
+    even = _even(x_low, x_high, 4 if width < 500 else 8, whole=True)
+    for tick in _decades(x_low, x_high) if wide_x else even:
         parts.append(
             f'<text x="{at_x(tick):.1f}" y="{height - 7}" text-anchor="middle">'
             f"{_number(tick)}</text>"
@@ -147,6 +153,29 @@ def intervals(
     return _svg(width, height, title, parts, classes)
 
 
+def bars(
+    rows: Sequence[tuple[str, float, str, str]], title: str, size: tuple[int, int] = (560, 0)
+) -> str:
+    """Lengths beside each other, a row each: (label, length, its text, class), from zero on."""
+    width, row = size[0], 34
+    longest = max(length for _, length, _, _ in rows)
+    parts = []
+    for i, (label, length, text, kind) in enumerate(rows):
+        y, end = row * i + 26, 6 + length / longest * (width - 12)
+        words = f"{html.escape(label)}, {html.escape(text)}"
+        parts.append(f'<text class="label" x="6" y="{y - 7}">{words}</text>')
+        parts.append(f'<path class="span {kind}" style="stroke-width:8" d="M6 {y}H{end:.1f}"/>')
+    return _svg(width, row * len(rows) + 6, title, parts, "")
+
+
+def alone(svg: str, css: str) -> str:
+    """A chart as a file of its own."""
+    head, rest = svg.split(">", 1)
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+    return f"{head}><style>{html.escape(css, quote=False)}</style>{paper}{rest}\n"
+
+
 def thinned(x: Sequence[float], y: Sequence[float], most: int = 240) -> tuple[list, list]:
     """At most `most` points, each the mean of its neighbourhood."""
     size = -(-len(x) // most)
@@ -183,10 +212,11 @@ def _decades(low, high):
     return [tick for tick in ticks if low <= tick <= high]
 
 
-def _even(low, high, count=4):
-    rough = (high - low) / count
+def _even(low, high, count=4, whole=False):
+    rough = max((high - low) / count, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    steps = (power * m for m in (1, 2, 2.5, 5, 10) if not whole or power * m % 1 == 0)
+    step = next(step for step in steps if step >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 

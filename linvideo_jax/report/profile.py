@@ -29,7 +29,8 @@ def figure(profile: dict[str, Any]) -> str:
         ]
         if not curves:
             continue
-        chart = lines(curves, title, (_WIDTH, _HEIGHT))
+        share = (0.0, 1.0) if keys[0][0] == "all_right" else None
+        chart = lines(curves, title, (_WIDTH, _HEIGHT), share)
         # The class of a chart of its own would stretch it over the whole figure.
         place = f'<svg y="{top + _HEAD}" width="{_WIDTH}" height="{_HEIGHT}" '
         parts.append(f'<text class="label" x="8" y="{top + 16}">{html.escape(title)}</text>')

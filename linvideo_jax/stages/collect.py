@@ -28,7 +28,8 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
-from linvideo_jax.models.module import Params, bind
+from linvideo_jax.models.module import Params
+from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.progress import Progress
 
 MODES = ("stored", "online")
@@ -37,12 +38,15 @@ MODES = ("stored", "online")
 MODEL = ("sizes", "transformer", "text_encoder", "height", "width", "num_frames")
 
 
-def make_rollout(wan_config: wan.WanConfig, sigmas, sampler: str, guidance_scale: float, dtype):
+def make_rollout(
+    wan_config: wan.WanConfig, sigmas, sampler: str, guidance_scale: float, dtype, layout=None
+):
     """A jitted (params, noise, text, lengths) -> (states, u_cond, u_neg), [steps, videos, ...].
 
-    `text` and `lengths` hold the conditional half, then the negative half.
+    `text` and `lengths` hold the conditional half, then the negative half; `layout` as the network
+    takes it.
     """
-    times = grids.network_timesteps(sigmas, sampler)
+    timesteps = grids.network_timesteps(sigmas, sampler)
 
     @jax.jit
     def rollout(
@@ -51,12 +55,12 @@ def make_rollout(wan_config: wan.WanConfig, sigmas, sampler: str, guidance_scale
         text: Float[Array, "2*videos tokens text_dim"],
         lengths: Int[Array, " 2*videos"],
     ):
-        model = bind(wan.WanTransformer, wan_config, params)
+        times, network = pipeline.sampling_network(
+            params, wan_config, noise.shape, timesteps, text, lengths, dtype=dtype, layout=layout
+        )
 
         def velocity(x, time):
-            both = jnp.concatenate([x, x])
-            u = model(both, jnp.full((both.shape[0],), time), text, lengths, dtype=dtype)
-            u_cond, u_neg = jnp.split(u, 2)
+            u_cond, u_neg = network(x, time)
             return rectified.guided(u_cond, u_neg, guidance_scale), (
                 x.astype(jnp.bfloat16),
                 u_cond.astype(jnp.bfloat16),
@@ -73,11 +77,14 @@ class Teacher:
     """The model of `config.checkpoint` and the trajectories that it makes on `config.prompts`.
 
     Video v starts from the noise of a seed of its own, and has prompt v modulo their number.
+    placement: where it works; None: on the devices of this host.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, placement: Placement | None = None):
         self.config, self.settings = config, config.collect
         self.checkpoint = turns.open_folder(config.checkpoint)
+        heads = self.checkpoint.wan_config.num_attention_heads
+        self._placement = placement or Placement.of_host(config, heads)
         given = self.settings.sampling.to_dict()
         self.sampling = pipeline.overridden(self.checkpoint.sampling, given)
         if self.sampling["sampler"] == "renoise":
@@ -85,7 +92,7 @@ class Teacher:
                 f"{config.checkpoint} is sampled with renoise, whose states are no trajectory: "
                 "choose a teacher that is not distilled."
             )
-        self._pipeline = pipeline.Pipeline(self.checkpoint, config.dtype)
+        self._pipeline = pipeline.Pipeline(self.checkpoint, config.dtype, placement=self._placement)
 
     @cached_property
     def made(self) -> dict[str, Any]:
@@ -141,6 +148,7 @@ class Teacher:
             self.sampling["sampler"],
             self.sampling["guidance_scale"],
             jnp.dtype(self.config.dtype),
+            self._placement.layout,
         )
         self._rollout = rollout.lower(self._params, *self._inputs(0)[2:]).compile()
 
@@ -151,14 +159,14 @@ class Teacher:
         prompts = videos % self._index.num_prompts
         ids = [*prompts.tolist(), *[self._texts.negative] * batch]
         texts, lengths = zip(*(self._texts[i] for i in ids), strict=True)
-        arrays = pipeline.noise(seeds, shape), jnp.asarray(np.stack(texts)), jnp.asarray(lengths)
-        return seeds.tolist(), prompts.tolist(), *arrays
+        arrays = pipeline.noise(seeds, shape), np.stack(texts), np.asarray(lengths)
+        return seeds.tolist(), prompts.tolist(), *self._placement.everywhere(arrays)
 
     def trajectories(self, first: int) -> Trajectories:
         """Those of `batch_size` videos from number `first` on, on the host."""
         seeds, prompts, *arrays = self._inputs(first)
         seen = self._rollout(self._params, *arrays)
-        return Trajectories(*jax.device_get(seen), prompts, seeds)
+        return Trajectories(*whole(seen), prompts, seeds)
 
     def operations(self, index: Index) -> int:
         """Floating-point operations of one video: both halves of guidance, all steps."""
@@ -178,13 +186,18 @@ def pairs_folder(config, workdir: Path) -> epath.Path:
     return epath.Path(config.collect.folder or Path(workdir) / "pairs")
 
 
-def run(config, workdir: Path, process_index: int = 0, process_count: int = 1) -> None:
+def run(
+    config, workdir: Path, process_index: int | None = None, process_count: int | None = None
+) -> None:
     """Makes the files of pairs that are missing or damaged; the others are kept.
 
-    They are dealt to the processes, which share the folder; the first also writes index and texts.
+    They are dealt to the processes, which share the folder (None: to those of JAX); the first also
+    writes index and texts. Each works on the devices of its own host.
     UserError if the folder holds pairs of another kind, or its disk is too small.
     """
     check(config)
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
     if config.collect.mode == "online":
         return
     teacher, folder = Teacher(config), pairs_folder(config, workdir)
@@ -312,15 +325,19 @@ def finished(writing: Future | None) -> None:
 
 
 def opened(
-    config, workdir: Path, teacher: Checkpoint, batch_size: int
+    config,
+    workdir: Path,
+    teacher: Checkpoint,
+    batch_size: int,
+    placement: Placement | None = None,
 ) -> trajectories.Pairs | online.Pairs:
-    """The pairs for a training in batches of that size, stored or made online.
+    """The pairs for a training in batches of that size, stored or made online on `placement`.
 
     UserError if they are not there, or not of this teacher.
     """
     check(config)
     if config.collect.mode == "online":
-        return made_online(config, teacher, batch_size)
+        return made_online(config, teacher, batch_size, placement)
     folder = pairs_folder(config, workdir)
     pairs = trajectories.open_folder(folder)
     sampling = teacher.sampling | config.collect.sampling.to_dict()
@@ -329,10 +346,12 @@ def opened(
     return pairs.part(range(wanted))
 
 
-def made_online(config, checkpoint: Checkpoint, batch_size: int) -> online.Pairs:
+def made_online(
+    config, checkpoint: Checkpoint, batch_size: int, placement: Placement | None
+) -> online.Pairs:
     """Pairs that the teacher makes while a student trains in batches of that size."""
     settings = config.collect
-    teacher = Teacher(config)
+    teacher = Teacher(config, placement)
     index = teacher.index(0)
     index.made["store_velocity"] = "both"
     texts = Texts(teacher.texts(index), index.text_shape, index.made["dtype"])

@@ -78,7 +78,7 @@ def run(config, workdir: Path) -> None:
     folder = workdir / "state" / "distill"
     events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
     if settings.sample_every:
-        shown = (wan_config, config.evaluate, settings.sample_prompts, config.dtype)
+        shown = (wan_config, config, settings.sample_prompts)
         event = monitoring.Samples(folder, teacher, *shown, sampling=sampling, weights="ema")
         events.insert(0, (settings.sample_every, event))
     marks = [[settings.round_at, "rounded"]] if settings.one_stage else []

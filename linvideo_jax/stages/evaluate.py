@@ -61,18 +61,20 @@ def run(config, workdir: Path) -> None:
         workdir,
         own.others,
         own.get("others_before", True),
+        own.get("own_before", True),
         start=config.checkpoint if config.get("teacher") else "",
         others_sampling=own.get("others_sampling"),
     )
     settings_of = {one.name: settings.changed(one.sampling or {}) for one in field}
 
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
+    shared = Path(own.get("shared") or folder)  # what is the teacher's and real clips'
     videos, columns = {}, {}
     for sample, seed in enumerate(own.seeds):
-        # The teacher's pixels of a seed are compared with everyone's.
-        pixels = _remember_one(decode) if own.reads == "pixels" else None
+        pixels = None
         for one in field:
-            given = (prompts, seed, settings_of[one.name], own.batch_size, folder)
+            place = shared if one.name == TEACHER else folder
+            given = (prompts, seed, settings_of[one.name], own.batch_size, place)
             made = evaluation.sample(one, *given)
             videos[one.name, seed] = made
             if judge is None:
@@ -80,8 +82,11 @@ def run(config, workdir: Path) -> None:
                     one.name, prompts, sample, made, videos[TEACHER, seed], decode, folder
                 )
                 continue
+            if own.reads == "pixels" and pixels is None:
+                kept = shared / f"teacher-seed{seed}-pixels.safetensors"
+                pixels = _decoder(decode, made, kept if own.get("shared") else None)
             columns[one.name, seed] = evaluation.remembered(
-                folder / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
+                place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
                 evaluation.fingerprint(
                     made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
                 ),
@@ -94,7 +99,7 @@ def run(config, workdir: Path) -> None:
         count = len(prompts) * len(own.seeds)
         mark = evaluation.fingerprint(judge.validation, count, own.num_frames)
         make = functools.partial(evaluation.real_features, judge, count, own.num_frames)
-        real = evaluation.remembered(folder / "real.safetensors", mark, make)["features"]
+        real = evaluation.remembered(shared / "real.safetensors", mark, make)["features"]
 
     metrics = {
         "made": made_by(config, settings, field[0]),
@@ -150,17 +155,24 @@ def sampling_settings(own, teacher: checkpoints.Checkpoint) -> Settings:
     )
 
 
-def _remember_one(decode: Callable) -> Callable[[Videos], np.ndarray]:
-    """`decode` of latents; the first ones' pixels are kept, the others' made anew."""
-    kept: dict[str, np.ndarray] = {}
+def _decoder(decode: Callable, teachers: Videos, path: Path | None) -> Callable[..., np.ndarray]:
+    """Videos to pixels; the teacher's, with which all are compared, are decoded once.
+
+    path: where they are kept for other runs, or None.
+    """
+
+    @functools.cache
+    def theirs():
+        make = functools.partial(decode, teachers.latents)
+        if path is None:
+            return make()
+        return evaluation.remembered(path, teachers.fingerprint, lambda: {"pixels": make()})[
+            "pixels"
+        ]
 
     def pixels(videos: Videos) -> np.ndarray:
-        if videos.fingerprint not in kept:
-            made = decode(videos.latents)
-            if kept:
-                return made
-            kept[videos.fingerprint] = made
-        return kept[videos.fingerprint]
+        same = videos.fingerprint == teachers.fingerprint
+        return theirs() if same else decode(videos.latents)
 
     return pixels
 

@@ -16,7 +16,10 @@ from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import LINEAR, MIX
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.parallel import hosts
+from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.pipeline import Pipeline, Settings
+from linvideo_jax.transfer import training
 
 FACTS, SAMPLES = "facts.json", "samples"
 FRAMES_SHOWN = 4
@@ -47,7 +50,7 @@ def report_every(seconds: float, workdir: Path) -> Callable[[int, Any], None]:
 
     def write(step: int, state: Any) -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds:
+        if hosts.is_first() and time.monotonic() - last >= seconds:
             report.write(workdir)
             last = time.monotonic()
 
@@ -75,6 +78,8 @@ def frozen_layers(until: int) -> Callable[[int, Any], None]:
 class Samples:
     """An event that samples the student as it is, mixed layers mixed, beside the teacher.
 
+    With several hosts the first does it, with its own devices, and has all parameters in memory.
+
     Both start from the same noise: seed i for prompt i. A contact sheet for each time, the
     teacher's frames above the student's, is in `folder/samples/STEP.webp`.
 
@@ -83,9 +88,8 @@ class Samples:
       teacher: the checkpoint, of which the transformer is loaded; its text encoder and VAE serve
         both, and are read from its folder when they are needed.
       student: sizes of the student.
-      own: `config.evaluate`, of which the prompts and the size of the videos are taken.
+      config: of the run, of whose group evaluate the prompts and the size of the videos are taken.
       count: how many prompts.
-      dtype: of the matrix products.
       sampling: how the student is sampled, if not as the teacher is.
       weights: where in the state the student's are.
     """
@@ -95,36 +99,44 @@ class Samples:
         folder: Path,
         teacher,
         student: WanConfig,
-        own,
+        config,
         count: int,
-        dtype,
         sampling: Settings | None = None,
         weights: str = "params",
     ):
         self._folder, self._student = folder / SAMPLES, student
-        self._teacher = replace(turns.open_folder(teacher.path), transformer=teacher.transformer)
+        own, self._dtype = config.evaluate, config.dtype
+        self._teacher = turns.open_folder(teacher.path)
+        if not hosts.several():
+            self._teacher = replace(self._teacher, transformer=teacher.transformer)
+        self._placement = Placement.of_host(config, student.num_attention_heads)
         self._prompts = prompt_files.read(own.prompts)[:count]
         size = {"height": own.height, "width": own.width, "num_frames": own.num_frames}
         self._settings = Settings.of(teacher, **size, **own.sampling)
         self._sampling, self._weights = sampling or self._settings, weights
-        self._dtype = dtype
-        self._pipeline = Pipeline(self._teacher, dtype)
+        self._pipeline = Pipeline(self._teacher, self._dtype, placement=self._placement)
         self._pipeline.latent_shape(self._settings)  # a wrong size is told before training
 
     def __call__(self, step: int, state: Any) -> None:
         path = self._folder / f"{step:07d}.webp"
         if path.exists():
             return
+        params, mode, r = state[self._weights], state["mode"], state["r"]
+        if hosts.several():
+            params, mode, r = whole((params, mode, r))
+            if not hosts.is_first():
+                return
+            params = self._placement.params(training.frozen(params, self._dtype))
         student = replace(
             self._teacher,
-            transformer=state[self._weights],
+            transformer=params,
             wan_config=self._student,
             config={**self._teacher.config, "linear_layers": []},
         )
-        ours = Pipeline(student, self._dtype)
+        ours = Pipeline(student, self._dtype, placement=self._placement)
         ours.texts = self._pipeline.texts
         if self._student.feature_map is not None:
-            ours.mode, ours.r = state["mode"], state["r"]
+            ours.mode, ours.r = mode, r
         self._folder.mkdir(parents=True, exist_ok=True)
         frames = self._frames(ours, self._sampling)
         sheet = contact_sheet([self._teachers(), frames])

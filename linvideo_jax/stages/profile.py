@@ -184,7 +184,8 @@ class Bench:
         batches.close()
         row["error_after"] = self._error(state)
         if self._config.profile.num_prompts:
-            untrained = evaluation.untrained(self._teacher, layers)
+            features = self._recipe.student.feature_map
+            untrained = evaluation.untrained(self._teacher, layers, features)
             ours = self._sample(
                 f"layers_{layers[0]}_{layers[-1]}", replace(untrained, transformer=state["params"])
             )

@@ -6,7 +6,9 @@ rounded and the rest of the run trains the rounded model. Where layers are not c
 (`selection`), the second part is left out.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -20,6 +22,8 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
+from linvideo_jax.parallel import hosts
+from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.parts import flatten
 from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
@@ -27,16 +31,19 @@ from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
 from linvideo_jax.transfer.samples import Draw
 
 
-def recipe_of(config, settings, index: Index, teacher: checkpoints.Checkpoint) -> Recipe:
+def recipe_of(
+    config, settings, index: Index, teacher: checkpoints.Checkpoint, layout: Any = None
+) -> Recipe:
     """What an update on pairs with this index is compiled for; settings: `config.transfer`."""
     return Recipe.of(
         settings,
-        training.student_config(teacher.wan_config),
+        training.student_config(teacher.wan_config, settings.feature_map),
         teacher.wan_config,
         index.sampler,
         config.dtype,
         sigmas=index.sigmas,
         store_velocity=index.made["store_velocity"],
+        layout=layout,
     )
 
 
@@ -48,25 +55,35 @@ def samples_of(
     return loader.samples(pairs, draw, seed, recipe.batch_size)
 
 
-def run(config, workdir: Path) -> None:
-    """Trains and writes the student to `workdir/final`."""
-    settings, workdir = config.transfer, Path(workdir)
-    teacher = checkpoints.load(config.checkpoint, ("transformer",))
-    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
-    num_layers = teacher.wan_config.num_layers
+def check(settings, num_layers: int) -> None:
+    """UserError for values of `config.transfer` that do not fit together or the model."""
     selection.check(settings, num_layers)
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
         raise UserError(
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
             f"{settings.warmup_steps}, to below num_steps, {settings.num_steps}."
         )
+    final_weights(settings)
+
+
+def run(config, workdir: Path) -> None:
+    """Trains and writes the student to `workdir/final`."""
+    settings, workdir = config.transfer, Path(workdir)
+    teacher = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
+    placement = Placement.of(config, teacher.wan_config.num_attention_heads)
+    # Lazy arrays, read at the end; a folder of diffusers' gives the sizes of what is asked for.
+    sizes, beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[:2]
+    num_layers = teacher.wan_config.num_layers
+    check(settings, num_layers)
     final = final_weights(settings)
-    pairs = collect.opened(config, workdir, teacher, settings.batch_size)
+    teacher = replace(teacher, transformer=placement.params(teacher.transformer))
+    pairs = collect.opened(config, workdir, teacher, settings.batch_size, placement)
     index = pairs.index
-    recipe = recipe_of(config, settings, index, teacher)
+    recipe = recipe_of(config, settings, index, teacher, placement.layout)
+    rows = placement.rows(settings.batch_size, settings.accumulate)
     score_params = None
     if recipe.has_score_network:
-        score_params = score_network(settings.score_network, teacher)
+        score_params = placement.params(score_network(settings.score_network, teacher))
     layers = selection.before_training(settings, num_layers, read_profile(settings, workdir))
     dataset = samples_of(pairs, recipe, settings, config.seed)
     choose_at = settings.round_at if layers is None else settings.warmup_steps
@@ -83,33 +100,46 @@ def run(config, workdir: Path) -> None:
         warming, selecting = step < settings.warmup_steps, step < choose_at
         rate = maps_schedule(step) if warming else schedule(step - settings.warmup_steps + 1)
         knobs = knobs_at(settings, step, rate, index.made["guidance_scale"], selecting)
+        batch = placement.batch(batch, settings.batch_size)
         if warming:
             return training.warmup(recipe, state, batch, knobs)
         if step == choose_at:
-            state = chosen(state, layers, settings, workdir)
+            state = placement.params(chosen(state, layers, settings, workdir))
         key = jax.random.fold_in(seed, step)
         return training.update(recipe, state, teacher.transformer, batch, knobs, key)
+
+    def initial(teacher, score):
+        shapes = index.latent_shape, index.text_shape
+        state = training.initial_state(settings, recipe.student, teacher)
+        return state | training.objectives_state(recipe, score, *shapes)
+
+    # In a list, to be let go of when the loop has it.
+    begin = [placement.make(initial, teacher.transformer, score_params)]
+    del score_params
+    # From here on the teacher's kernels are in the dtype in which they act.
+    teacher = replace(teacher, transformer=training.frozen(teacher.transformer, recipe.dtype))
 
     folder = workdir / "state" / "transfer"
     events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
     if settings.freeze_steps:
         events.append((settings.log_every, monitoring.frozen_layers(choose_at)))
     if settings.sample_every:
-        samples = (settings.sample_prompts, config.dtype)
-        event = monitoring.Samples(folder, teacher, recipe.student, config.evaluate, *samples)
-        events.insert(0, (settings.sample_every, event))
+        samples = monitoring.Samples(
+            folder, teacher, recipe.student, config, settings.sample_prompts
+        )
+        events.insert(0, (settings.sample_every, samples))
     tokens = flops.video_tokens(recipe.student, index.latent_shape)
-    monitoring.write_facts(folder, settings, recipe.student, tokens, index.text_shape[0])
+    if hosts.is_first():
+        monitoring.write_facts(folder, settings, recipe.student, tokens, index.text_shape[0])
     state = loop.run(
         "transfer",
         step_of_run,
-        training.initial_state(settings, recipe.student, teacher.transformer)
-        | training.objectives_state(recipe, score_params, index.latent_shape, index.text_shape),
+        begin.pop(),
         num_steps=settings.num_steps,
         folder=folder,
         save_every=settings.save_every,
         log_every=settings.log_every,
-        data=loader.batches(dataset, settings.batch_size, num_threads=pairs.num_threads),
+        data=loader.batches(dataset, settings.batch_size, num_threads=pairs.num_threads, rows=rows),
         keep=settings.keep,
         best=settings.best,
         guard=loop.Guard(
@@ -121,18 +151,20 @@ def run(config, workdir: Path) -> None:
         events=events,
         profile_at=settings.profile_at,
     )
+    weights = whole(state[final])
+    if not hosts.is_first():
+        return
     report.write(workdir)
     linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
     checkpoints.save_flat(
         workdir / "final",
         config=checkpoints.make_config(
             recipe.student,
-            teacher.vae_config,
-            teacher.umt5_config,
+            **{part: checkpoints.model_configs(sizes)[part] for part in beside},
             linear_layers=linear,
             sampling=teacher.sampling,
         ),
-        flat={"transformer": flatten(jax.device_get(state[final])), **beside},
+        flat={"transformer": flatten(weights), **beside},
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
         source=str(config.checkpoint),
@@ -197,9 +229,12 @@ def chosen(state: training.State, layers, settings, workdir: Path) -> training.S
     """The state with its layers placed, and `workdir/selection.json`, which says how."""
     entry = {"selection": settings.selection, "target": settings.target}
     if layers is None:
-        layers, told = selection.by_scores(state["r"], state["mode"], settings.target)
+        layers, told = selection.by_scores(
+            state["r"], state["mode"], settings.target, settings.rounding
+        )
         if told["moved"]:
             logging.warning("rounding alone would have placed layers %s otherwise", told["moved"])
         entry |= told
-    loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
+    if hosts.is_first():
+        loop.write_json(workdir / "selection.json", entry | {"layers": list(layers)})
     return selection.placed(state, layers)

@@ -9,6 +9,7 @@ import numpy as np
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.models import remat
+from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.optimizers import OPTIMIZERS
 from linvideo_jax.transfer import scores
@@ -16,11 +17,13 @@ from linvideo_jax.transfer import scores
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
 OBJECTIVES = ("adm", "adm_score", "mse", "own_points", "dmd")
 WITH_SCORE_NETWORK = ("adm_score", "dmd")
+GUIDED = ("mse", "adm")  # also with guided velocities, a row of the ablation
 ONLY_VELOCITY = ("mse", "own_points")  # the others need it for the anchor alone
 CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
     "weighting": ("paper", "clipped", "normalised"),
+    "velocities": ("branch", "guided"),
     "optimizer": OPTIMIZERS,
     "remat": remat.POLICIES,
 }
@@ -33,7 +36,7 @@ class Recipe:
 
     dtype: of the matrix products; sampler, sigmas: of the teacher's trajectories; velocity: where
     the teacher's velocity at x_t' comes from: "stored", the "teacher" (one forward more), or
-    "unused"; the rest are fields of `config.transfer`.
+    "unused"; layout: of the mesh, None on one device; the rest are fields of `config.transfer`.
     """
 
     student: WanConfig
@@ -45,6 +48,7 @@ class Recipe:
     objective: str
     t_to: str
     weighting: str
+    velocities: str
     optimizer: str
     remat: str
     batch_size: int
@@ -53,6 +57,7 @@ class Recipe:
     weight_decay: float
     score_updates: int
     rollout_steps: int
+    layout: Layout | None = None
 
     @classmethod
     def of(
@@ -65,6 +70,7 @@ class Recipe:
         *,
         sigmas: Sequence[float],
         store_velocity: str = "both",
+        layout: Layout | None = None,
     ) -> "Recipe":
         """From `config.transfer`, and `config.collect.store_velocity`, what the pairs hold.
 
@@ -80,6 +86,11 @@ class Recipe:
         for name in COUNTS:
             if settings[name] < 1:
                 raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
+        if settings.velocities == "guided" and settings.objective not in GUIDED:
+            raise UserError(
+                "transfer.velocities is 'guided': choose one of the objectives "
+                f"{', '.join(GUIDED)}."
+            )
         if settings.batch_size % settings.accumulate:
             raise UserError(
                 f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
@@ -93,8 +104,8 @@ class Recipe:
         fields = (*CHOICES, *COUNTS, "clip_norm", "weight_decay")
         own = {name: settings[name] for name in fields}
         own |= {"sigmas": tuple(map(float, sigmas))}
-        own |= {"velocity": _velocity(settings, store_velocity)}
-        return cls(student, teacher, sampler, np.dtype(dtype), **own)
+        own |= {"velocity": velocity_of(settings, store_velocity)}
+        return cls(student, teacher, sampler, np.dtype(dtype), **own, layout=layout)
 
     @property
     def steps(self) -> int:
@@ -108,19 +119,53 @@ class Recipe:
 
     @property
     def forwards(self) -> int:
-        """Forwards of a network a sample and update, a backward pass counted as two of them.
-
-        What remat computes anew is not counted (objectives.py lists where the forwards are).
-        """
-        gradient = 3 * (self.rollout_steps if self.objective == "dmd" else 1)
-        beside = {"adm": 2, "adm_score": 2, "mse": 0, "own_points": 3, "dmd": 2}[self.objective]
-        if self.velocity == "teacher" and self.objective != "own_points":
-            beside += 1
-        critic = self.score_updates * (self.rollout_steps + 3) if self.has_score_network else 0
-        return gradient + beside + critic
+        """Forwards of a network a sample and update, a backward pass counted as two of them."""
+        return passes(self).total
 
 
-def _velocity(settings, store_velocity: str) -> str:
+class Passes(NamedTuple):
+    """Passes of one update through each network, for one sample of its batch.
+
+    *_gradients: forward and backward; the others forward alone.
+    """
+
+    student: int
+    student_gradients: int
+    teacher: int
+    score: int
+    score_gradients: int
+
+    @property
+    def total(self) -> int:
+        """In forwards: a backward pass costs two."""
+        gradients = self.student_gradients + self.score_gradients
+        return self.student + self.teacher + self.score + 3 * gradients
+
+
+def passes(recipe, velocity: str | None = None) -> Passes:
+    """Those of `training.update` (table of objectives.py), of a Recipe or `config.transfer`.
+
+    velocity: `Recipe.velocity` of the latter. What `remat`, or the backward pass of a rollout,
+    computes anew is not counted.
+    """
+    steps = recipe.rollout_steps
+    own = {
+        "adm": Passes(1, 1, 1, 0, 0),
+        "adm_score": Passes(0, 1, 1, 1, 0),
+        "mse": Passes(0, 1, 0, 0, 0),
+        "own_points": Passes(2, 1, 1, 0, 0),
+        "dmd": Passes(0, steps, 1, 1, 0),
+    }[recipe.objective]
+    asked = (velocity or recipe.velocity) == "teacher"
+    if asked and recipe.objective != "own_points":
+        own = own._replace(teacher=own.teacher + 1)
+    times = 2 if recipe.velocities == "guided" else 1  # both branches
+    updates = recipe.score_updates if recipe.objective in WITH_SCORE_NETWORK else 0
+    critic = Passes(steps, 0, 0, 0, 1)
+    return Passes(*(times * a + updates * b for a, b in zip(own, critic, strict=True)))
+
+
+def velocity_of(settings, store_velocity: str) -> str:
     """`Recipe.velocity`: stored if it can be, else as cheap as may be."""
     if store_velocity == "both" or (store_velocity == "cond" and not settings.negative_fraction):
         return "stored"

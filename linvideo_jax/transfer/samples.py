@@ -29,7 +29,9 @@ class Batch(NamedTuple):
     `Draw` makes one at a time, without the axis batch; every array of a batch has it in front.
     x and u_teacher come in bfloat16; `wide` makes them float32. u_teacher is None where it is not
     stored (`Recipe.velocity`), fresh where the objective has no points, and others where it has no
-    score network, whose samples they are: with an axis score_updates behind batch.
+    score network, whose samples they are: with an axis score_updates behind batch. negative is the
+    text of the negative prompt and its lengths where velocities are guided: then u_teacher is too,
+    and all samples are of the conditional branch.
     """
 
     x: Float[Array, "batch frames height width channels"]
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
     text_lengths: Int[Array, " batch"]
     fresh: Fresh | None = None
     others: "Batch | None" = None
+    negative: tuple[Array, Array] | None = None
 
 
 class Draw:
@@ -74,14 +77,22 @@ class Draw:
         following = head.step + 1
         if self._recipe.t_to == "uniform":
             following += int(rng.integers(max(self._recipe.steps - following, 1)))
-        texts = self._pairs.texts
+        texts, guided = self._pairs.texts, self._recipe.velocities == "guided"
+        u = None
+        if with_velocity:
+            u = self._guided(row) if guided else self._pairs.velocity(row, negative)
         return Batch(
             x,
-            self._pairs.velocity(row, negative) if with_velocity else None,
+            u,
             np.float32(sigmas[head.step]),
             np.float32(sigmas[following]),
-            *texts[texts.negative if negative else head.prompt],
+            *texts[texts.negative if negative and not guided else head.prompt],
+            negative=texts[texts.negative] if guided else None,
         )
+
+    def _guided(self, row: int) -> Float[np.ndarray, "frames height width channels"]:
+        u_cond, u_neg = (self._pairs.velocity(row, side).astype(np.float32) for side in (0, 1))
+        return rectified.guided(u_cond, u_neg, self._pairs.index.made["guidance_scale"])
 
     def _fresh(self, row: int) -> Fresh:
         if self._whole:
@@ -139,6 +150,16 @@ def no_points(recipe: Recipe, latent_shape: Sequence[int], text_shape: Sequence[
     return Points(zeros(latent_shape), last, zeros(text_shape), none, jnp.copy(none))
 
 
+def guided_velocity(velocity: Callable[..., Array], x, t, text, negative, guidance_scale) -> Array:
+    """u_neg + w (u_cond - u_neg) at x and t, both branches in one batch.
+
+    text, negative: (embeddings, lengths). velocity(x, t, text, text_lengths).
+    """
+    branches = (x, t, *text), (x, t, *negative)
+    both = (jnp.concatenate(pair) for pair in zip(*branches, strict=True))
+    return rectified.guided(*jnp.split(velocity(*both), 2), guidance_scale)
+
+
 def move(
     points: Points, fresh: Fresh, recipe: Recipe, velocity: Callable[..., Array], knobs: Knobs
 ) -> Points:
@@ -157,13 +178,8 @@ def move(
     moves = ~(over & whole) & (points.step < last)
 
     t = sigmas[points.step]
-    branches = (
-        (points.x, t, points.text, points.text_lengths),
-        (points.x, t, fresh.negative_text, fresh.negative_lengths),
-    )
-    both = (jnp.concatenate(pair) for pair in zip(*branches, strict=True))
-    u_cond, u_neg = jnp.split(velocity(*both), 2)
-    guided = rectified.guided(u_cond, u_neg, knobs.guidance_scale)
+    texts = (points.text, points.text_lengths), (fresh.negative_text, fresh.negative_lengths)
+    guided = guided_velocity(velocity, points.x, t, *texts, knobs.guidance_scale)
     dt = sigmas[points.step + 1] - t
     moved = points._replace(
         x=points.x + _wide(dt, points.x) * guided, step=points.step + 1, age=points.age + 1

@@ -14,6 +14,7 @@ from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX
 from linvideo_jax.transfer import scores
 
 SELECTIONS = ("selective", "manual", "grid", "random")
+ROUNDINGS = ("target", "nearest")
 FREEZE_WITHIN = 0.02  # of 0 or 1
 
 Profile = dict[str, Any]
@@ -27,6 +28,10 @@ def check(settings, num_layers: int) -> None:
         )
     if not 0 <= settings.target <= num_layers:
         raise UserError(f"transfer.target is {settings.target}: choose 0 to {num_layers}.")
+    if settings.rounding not in ROUNDINGS:
+        raise UserError(
+            f"transfer.rounding is {settings.rounding!r}: choose one of {', '.join(ROUNDINGS)}."
+        )
     if settings.selection == "manual":
         _check_layers(tuple(settings.layers), settings.target, num_layers)
     edge = abs(settings.r_init - round(settings.r_init))
@@ -82,17 +87,18 @@ def by_profile(profile: Profile, target: int, num_layers: int) -> tuple[int, ...
 
 
 def by_scores(
-    r: Float[Array, " layers"], mode: Int[Array, " layers"], target: int
+    r: Float[Array, " layers"], mode: Int[Array, " layers"], target: int, rounding: str = "target"
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The `target` layers of smallest r, frozen ones as they are, and what a report tells of it.
 
+    rounding "nearest", for the ablation: the layers with r below 1/2, however many.
     rounded: how many layers rounding alone makes linear; moved: which the rule placed otherwise;
     undecided: scores in (0.05, 0.95).
     """
     r, mode = np.asarray(r), np.asarray(mode)
-    layers, moved = scores.choose_linear_layers(
-        np.select([mode == LINEAR, mode == SOFTMAX], [-1.0, 2.0], r), target
-    )
+    settled = np.select([mode == LINEAR, mode == SOFTMAX], [-1.0, 2.0], r)
+    count = target if rounding == "target" else int(np.sum(np.round(settled) <= 0))
+    layers, moved = scores.choose_linear_layers(settled, count)
     return layers, {
         "scores": r.tolist(),
         "rounded": int(np.sum(np.round(r) == 0)),

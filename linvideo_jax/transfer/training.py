@@ -11,8 +11,10 @@ import optax
 from jaxtyping import Array
 
 from linvideo_jax import optimizers
+from linvideo_jax.errors import UserError
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params, bind
+from linvideo_jax.models.wan_config import FEATURE_MAPS
 from linvideo_jax.transfer import objectives, samples, scores, selection
 from linvideo_jax.transfer.recipe import Knobs, Recipe
 from linvideo_jax.transfer.samples import Batch
@@ -23,9 +25,13 @@ MAPS_OPTIMIZER = optax.adam(1.0, b2=0.99)  # of the feature maps, in the warm-up
 SCORE_OPTIMIZER = optax.adam(1.0, b1=0.0, b2=0.999)  # as distillation codes train their critics
 
 
-def student_config(teacher: wan.WanConfig) -> wan.WanConfig:
-    """The teacher's sizes with feature maps in every layer."""
-    return replace(teacher, feature_map="hedgehog")
+def student_config(teacher: wan.WanConfig, feature_map: str = "hedgehog") -> wan.WanConfig:
+    """The teacher's sizes with feature maps in every layer; UserError for an unknown one."""
+    if feature_map not in FEATURE_MAPS:
+        raise UserError(
+            f"transfer.feature_map is {feature_map!r}: choose one of {', '.join(FEATURE_MAPS)}."
+        )
+    return replace(teacher, feature_map=feature_map)
 
 
 def _is_map(path: tuple) -> bool:
@@ -68,6 +74,16 @@ def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> St
     }
 
 
+def frozen(params: Params, dtype: Any) -> Params:
+    """Parameters that are not trained: the kernels of the layers in `dtype`, in which they act."""
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if names[0] == "blocks" and names[-1] == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def objectives_state(
     recipe: Recipe,
     score_params: Params,
@@ -95,13 +111,19 @@ def network(
     def velocity(x, t, text, text_lengths):
         time = samples.network_time(t, recipe.sampler)
         options = {"r": r, "mode": mode, "dtype": recipe.dtype, "remat": remat}
-        return model(x, time, text, text_lengths, **options)
+        return model(x, time, text, text_lengths, **options, layout=recipe.layout)
 
     return velocity
 
 
-def _on(batch: Batch, velocity: Callable[..., Array]) -> objectives.Velocity:
-    return lambda x, t: velocity(x, t, batch.text, batch.text_lengths)
+def _on(batch: Batch, velocity: Callable[..., Array], knobs: Knobs) -> objectives.Velocity:
+    """The velocity of the branch that each sample is of, or the guided one."""
+    text = batch.text, batch.text_lengths
+    if batch.negative is None:
+        return lambda x, t: velocity(x, t, *text)
+    return lambda x, t: samples.guided_velocity(
+        velocity, x, t, text, batch.negative, knobs.guidance_scale
+    )
 
 
 def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, noised, knobs: Knobs):
@@ -112,12 +134,13 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
     """
     params, r = trained["params"], trained["r"]
     frozen = jax.lax.stop_gradient((params, r))
-    student = _on(batch, network(recipe, recipe.student, params, r, state["mode"], recipe.remat))
-    teacher = _on(batch, network(recipe, recipe.teacher, teacher_params))
+    student = network(recipe, recipe.student, params, r, state["mode"], recipe.remat)
+    teacher = network(recipe, recipe.teacher, teacher_params)
     if recipe.has_score_network:
-        score = _on(batch, network(recipe, recipe.teacher, state["score"]["params"]))
+        score = network(recipe, recipe.teacher, state["score"]["params"])
     else:
-        score = _on(batch, network(recipe, recipe.student, *frozen, state["mode"]))
+        score = network(recipe, recipe.student, *frozen, state["mode"])
+    student, teacher, score = (_on(batch, u, knobs) for u in (student, teacher, score))
 
     match recipe.objective:
         case "adm" | "adm_score":
@@ -160,7 +183,7 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
     def one(score, drawn):
         batch, key = drawn
         x_0, _ = objectives.rollout(
-            _on(batch, student), batch.x, batch.t_from, recipe.rollout_steps
+            _on(batch, student, knobs), batch.x, batch.t_from, recipe.rollout_steps
         )
         noised = samples.noise_and_times(recipe.sigmas, batch.x, key)
 
@@ -169,7 +192,7 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
 
             def error(params):
                 velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
-                return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+                return objectives.flow_matching(_on(batch, velocity, knobs), x_0, *noised)
 
             return jax.value_and_grad(error)(score["params"])
 
@@ -208,7 +231,13 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
-    return state, metrics | moved | more | {"forwards": recipe.forwards}
+    metrics = _kept(recipe, metrics | moved | more)
+    return _kept(recipe, state), metrics | {"forwards": recipe.forwards}
+
+
+def _kept(recipe: Recipe, tree: State) -> State:
+    """A state, gradients or metrics, laid out on the mesh as they are kept from step to step."""
+    return tree if recipe.layout is None else recipe.layout.keep(tree)
 
 
 def gradients(
@@ -219,7 +248,8 @@ def gradients(
 
     def of_part(part):
         arguments = (recipe, state, teacher_params, *part, knobs)
-        return jax.grad(loss, has_aux=True)(trained, *arguments)
+        grads, parts = jax.grad(loss, has_aux=True)(trained, *arguments)
+        return _kept(recipe, grads), parts
 
     return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
 
@@ -272,14 +302,13 @@ def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     def error(maps):
         model = bind(wan.WanTransformer, recipe.student, with_maps(maps))
         time = samples.network_time(batch.t_from, recipe.sampler)
-        errors = model.attention_errors(
-            batch.x, time, batch.text, batch.text_lengths, dtype=recipe.dtype
-        )
+        inputs = batch.x, time, batch.text, batch.text_lengths
+        errors = model.attention_errors(*inputs, dtype=recipe.dtype, layout=recipe.layout)
         return jnp.sum(errors), errors
 
     maps = state["params"]["blocks"]["attn1"]["feature_map"]
     (total, errors), grads = jax.value_and_grad(error, has_aux=True)(maps)
     changes, moments = MAPS_OPTIMIZER.update(grads, state["warmup"])
     params = with_maps(optimizers.apply(maps, changes, knobs.learning_rate))
-    new = state | {"params": params, "warmup": moments}
-    return new, {"loss": total, "attention_errors": errors, "r": state["r"]}
+    new = _kept(recipe, state | {"params": params, "warmup": moments})
+    return new, _kept(recipe, {"loss": total, "attention_errors": errors, "r": state["r"]})

@@ -1,0 +1,180 @@
+"""Seconds per update at a model's true size: ADM, and ADM with a score network at c = 5.
+
+python benchmarks/adm_cost.py --out=runs/adm_cost.json
+
+Random weights of Wan2.1-T2V-1.3B, one sample of 81 frames of 480 x 832, one device; the paper says
+that ADM takes 4.4 times less time. Each row is written when it is done, and rows that are in the
+file are not run again. Tiny, to see that it runs:
+
+JAX_PLATFORMS=cpu python benchmarks/adm_cost.py --out=runs/adm_cost_tiny.json --model=wan_digits \
+    --num_frames=5 --height=32 --width=32 --dtype=float32 --updates=2
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import digits
+from linvideo_jax import command_line, loop
+from linvideo_jax.errors import UserError
+from linvideo_jax.models import registry
+from linvideo_jax.models.module import shapes
+from linvideo_jax.models.wan import TEXT_TOKENS, WanTransformer
+from linvideo_jax.pipeline import latent_shape
+from linvideo_jax.transfer import selection, training
+from linvideo_jax.transfer.recipe import Recipe, knobs_at, passes
+from linvideo_jax.transfer.samples import Batch
+
+NUMBERS = ("num_frames", "height", "width", "batch_size", "updates")
+FLAGS = {
+    "out": (None, "JSON file of the rows"),
+    "model": ("wan2_1_t2v_1_3b", "sizes by name"),
+    "num_frames": ("81", "of the sample"),
+    "height": ("480", "of the sample, px"),
+    "width": ("832", "of the sample, px"),
+    "batch_size": ("1", "samples of an update"),
+    "remat": ("full", "what the backward pass keeps, as transfer.remat"),
+    "dtype": ("bfloat16", "of the matrix products"),
+    "updates": ("5", "timed, after one that is not"),
+}
+SCORE = {"objective": "adm_score", "score_updates": 5}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "adm": {},
+    # The paper does not say how the critic's samples are made: here by one Euler step, or by four.
+    "adm_score_1_step": {**SCORE, "rollout_steps": 1},
+    "adm_score_4_steps": {**SCORE, "rollout_steps": 4},
+}
+# While scores move every layer computes both attentions; then 16 of 30 are linear.
+PHASES = ("mixed", "rounded")
+LINEAR_SHARE = 16 / 30
+
+
+def program(argv: Sequence[str]) -> None:
+    """The program; UserError for wrong input."""
+    given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
+    command_line.required(given, "out")
+    try:
+        numbers = {name: int(given[name]) for name in NUMBERS}
+    except ValueError as error:
+        raise UserError(f"a number is needed ({error}): --help lists the flags.") from None
+    path = Path(given["out"])
+    fixed = {name: value for name, value in given.items() if name not in ("out", "help")}
+    fixed["device"] = jax.devices()[0].device_kind
+    found = loop.read_json(path) if path.exists() else {"settings": fixed, "rows": {}}
+    if found["settings"] != fixed:
+        raise UserError(f"{path} has rows of other settings: choose another --out.")
+    for name, changes in OBJECTIVES.items():
+        for phase in PHASES:
+            if f"{name}, {phase}" in found["rows"]:
+                continue
+            print(f"{name}, {phase}", flush=True)
+            row = measured(changes, phase, given, numbers)
+            found["rows"][f"{name}, {phase}"] = row
+            loop.write_json(path, found)
+    print(table(found["rows"]))
+
+
+def measured(changes, phase: str, given, numbers) -> dict[str, Any]:
+    """A row: seconds of the timed updates, memory, and the passes that were counted."""
+    settings = digits.get_config().transfer
+    settings.update(batch_size=numbers["batch_size"], remat=given["remat"], **changes)
+    sizes = registry.sizes(given["model"])
+    size = (numbers[name] for name in ("height", "width", "num_frames"))
+    shape = latent_shape(sizes.transformer, sizes.vae, *size)
+    student = training.student_config(sizes.transformer)
+    grid = {"sigmas": np.linspace(1.0, 0.0, 51), "store_velocity": "both"}
+    recipe = Recipe.of(settings, student, sizes.transformer, "unipc", given["dtype"], **grid)
+    text = (TEXT_TOKENS, sizes.transformer.text_dim)
+    row = {"passes": passes(recipe)._asdict(), "forwards": recipe.forwards}
+    try:
+        return row | timed(recipe, settings, phase, shape, text, numbers["updates"])
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"error": "out of memory"}
+
+
+def timed(recipe: Recipe, settings, phase: str, shape, text, updates: int) -> dict[str, Any]:
+    """Seconds per update, compiled with the state's buffers given back."""
+    teacher = random_params(recipe.teacher)
+    state = training.initial_state(settings, recipe.student, teacher)
+    state |= training.objectives_state(recipe, teacher, shape, text)
+    if phase == "rounded":
+        layers = recipe.student.num_layers
+        state = selection.placed(state, tuple(range(round(LINEAR_SHARE * layers))))
+    state = jax.tree.map(jnp.copy, state)  # the teacher's buffers must stay
+    batch = random_batch(recipe, shape, text)
+    knobs = knobs_at(settings, settings.warmup_steps, 1e-5, 5.0, phase == "mixed")
+    update = jax.jit(training.update.__wrapped__, static_argnums=0, donate_argnums=1)
+    began = time.perf_counter()
+    key = jax.random.key(0)
+    compiled = update.lower(recipe, state, teacher, batch, knobs, key).compile()
+    row: dict[str, Any] = {"compile_seconds": time.perf_counter() - began}
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        row["temporary_bytes"] = memory.temp_size_in_bytes
+        row["argument_bytes"] = memory.argument_size_in_bytes
+    seconds = []
+    for number in range(updates + 1):
+        began = time.perf_counter()
+        state, metrics = compiled(state, teacher, batch, knobs, key)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - began)
+        print(f"  update {number}: {seconds[-1]:.3g} s, loss {loss:.4g}", flush=True)
+    return row | {"seconds": seconds[1:], "seconds_per_update": float(np.median(seconds[1:]))}
+
+
+@partial(jax.jit, static_argnums=0)
+def random_params(config):
+    """Normal weights of deviation 0.02, float32."""
+    leaves, tree = jax.tree.flatten(shapes(WanTransformer, config))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [0.02 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def random_batch(recipe: Recipe, shape, text) -> Batch:
+    """Samples of noise, with those of the critic's updates where the recipe has them."""
+    rng = np.random.default_rng(0)
+
+    def draw(*more: int, stored: bool = True) -> Batch:
+        axes = (recipe.batch_size, *more)
+        x, u = (jnp.asarray(rng.normal(size=(*axes, *shape)), jnp.bfloat16) for _ in range(2))
+        full = np.full(axes, np.float32(0.5))
+        embedded = jnp.asarray(rng.normal(size=(*axes, *text)), jnp.float32)
+        lengths = np.full(axes, text[0], np.int32)
+        return Batch(x, u if stored else None, full, full - 0.02, embedded, lengths)
+
+    others = draw(recipe.score_updates, stored=False) if recipe.has_score_network else None
+    return draw()._replace(others=others)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Seconds per update and their ratio to ADM's in the same phase, as Markdown."""
+    lines = ["| | s per update | to ADM | forwards | to ADM |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        base = rows.get(f"adm, {name.rsplit(', ')[-1]}", {})
+        seconds = row.get("seconds_per_update")
+        shown = f"{seconds:.3g}" if seconds else row["error"]
+        ratio = base.get("seconds_per_update")
+        lines.append(
+            f"| {name} | {shown} | {seconds / ratio if seconds and ratio else float('nan'):.2f} "
+            f"| {row['forwards']} | {row['forwards'] / base['forwards']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `argv` (program name first) and returns its exit code: 0, 2 or 130."""
+    return command_line.run(program, argv, "the same command goes on with the next row")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

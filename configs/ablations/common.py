@@ -1,0 +1,31 @@
+"""What the tables of configs/ablations share: half the steps of configs/digits.py, and figures that
+need no untrained student. By itself it is one row: half of the layers, the default objective.
+
+Settings are chosen on other prompts and noise than the tables' own:
+
+python train.py --config=configs/ablations/objectives.py --workdir=runs/validation/objectives \
+    --config.evaluate.prompts=assets/prompts_digits_validation.txt \
+    --config.evaluate.num_prompts=128 --config.evaluate.seeds="(10,)"
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+    config = digits.get_config()
+
+    transfer = config.transfer
+    # Half of configs/digits.py, so that a row with a score network is minutes too; the same for all
+    # rows of a table, with the same batch.
+    transfer.num_steps = 1500
+    transfer.warmup_steps = 200
+    transfer.round_at = 800
+    transfer.save_every = 500
+    transfer.log_every = 10  # medians of the time between lines
+
+    evaluate = config.evaluate
+    evaluate.num_shown = 4
+    evaluate.own_before = False  # 0.0% in docs/results.md
+    return config

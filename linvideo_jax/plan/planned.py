@@ -1,0 +1,151 @@
+"""A plan: what was compiled and counted, and what follows from it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from linvideo_jax import rehearsal
+from linvideo_jax.metrics.step_flops import Work
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel.placement import check_batch
+from linvideo_jax.plan import chips, memory, simulated, times
+from linvideo_jax.plan.chips import Machine
+from linvideo_jax.plan.collectives import Communication
+from linvideo_jax.plan.compiled import Compiled, compile_update
+from linvideo_jax.plan.times import Range, Steps
+from linvideo_jax.rehearsal import Problem
+from linvideo_jax.transfer.recipe import Recipe
+
+# Of the memory of a GPU or a host; a TPU's compiler knows what is reserved there.
+USABLE = 0.92
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the page tells.
+
+    sizes: of the mesh's axes. chosen: the compilation at the configuration's batch size, other: at
+    another one, None if it was of no use. formula: bytes by name where memory is estimated, too.
+    unit: samples of the smallest batch of which every chip has a part.
+    """
+
+    config: Any
+    machine: Machine
+    given: Problem
+    recipe: Recipe
+    sizes: dict[str, int]
+    chosen: Compiled
+    other: Compiled | None
+    formula: dict[str, int] | None
+    steps: Steps
+    collection: Work
+    unit: int
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a program may take on one chip."""
+        return self.machine.chip.hbm * (1 if self.machine.is_tpu else USABLE)
+
+    @property
+    def peak(self) -> float:
+        """Bytes that the update takes on one chip: the compiler's, or the formula's."""
+        return sum(self.formula.values()) if self.formula else self.chosen.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.peak <= self.limit
+
+    @property
+    def largest_batch(self) -> int | None:
+        """The largest batch that fits, by a line through both compilations; 0 if none does, None
+        if it is not known."""
+        if self.other is None:
+            return None
+        more = self.chosen.batch_size - self.other.batch_size
+        slope = (self.chosen.peak - self.other.peak) / more
+        if slope <= 0:
+            return None
+        room = self.chosen.batch_size + (self.limit - self.peak) / slope
+        return max(math.floor(room / self.unit) * self.unit, 0)
+
+    @property
+    def communication(self) -> tuple[Communication | None, Communication | None]:
+        """Of one update with mixed and with rounded layers; the other compilation's where the
+        chosen one was refused."""
+        known = [one for one in (self.chosen, self.other) if one is not None and one.mixed]
+        return (known[0].mixed, known[0].rounded) if known else (None, None)
+
+    @property
+    def step_seconds(self) -> tuple[Range, Range, Range]:
+        """Of an update in the warm-up, with mixed layers, and after rounding."""
+        mixed, rounded = self.communication
+        work = self.steps.warmup, self.steps.mixed, self.steps.rounded
+        sent = mixed, mixed, rounded  # the warm-up sends less than that
+        return tuple(
+            times.seconds(one, self.machine, part) for one, part in zip(work, sent, strict=True)
+        )
+
+    @property
+    def training_seconds(self) -> Range:
+        """Of stage transfer, without compilation, checkpoints and reading."""
+        return times.total(list(zip(self.steps.counts, self.step_seconds, strict=True)))
+
+    @property
+    def collection_seconds(self) -> Range:
+        """Of stage collect, without text encoding and writing."""
+        return times.seconds(self.collection, self.machine)
+
+
+def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
+    """Compiles for the machine that `text` names: `chips.machine`, or "here".
+
+    say: is told before what takes long. UserError for a machine or a mesh that is none, and for a
+    configuration without stage transfer.
+    """
+    given = rehearsal.problem(config)
+    machine = chips.here() if text == "here" else chips.machine(text)
+    sizes = meshes.resolve(meshes.of_config(config), machine.num_chips)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_batch(mesh, config.transfer.batch_size, config.transfer.accumulate)
+    recipe = rehearsal.recipe(config, given, mesh)
+    unit = sizes["data"] * sizes["fsdp"] * recipe.accumulate
+    batch = recipe.batch_size
+    # A second one gives the line on which larger batches lie.
+    batches = batch, unit if batch > unit else 2 * unit
+    if text == "here" or machine.is_tpu:
+        devices = jax.devices() if text == "here" else chips.tpu_devices(machine)
+        chosen, other = _compiled(config, meshes.make(sizes, devices), batches, machine, say)
+    else:
+        say(f"compiling the update for {machine.num_chips} simulated devices ...")
+        chosen, other = simulated.compile_updates(config, machine.num_chips, batches)
+    formula = None
+    if not machine.is_tpu and text != "here":
+        formula = memory.estimate(recipe, given, mesh, chosen.held)
+    return Plan(
+        config,
+        machine,
+        given,
+        recipe,
+        sizes,
+        chosen,
+        other,
+        formula,
+        times.steps(config, recipe, given),
+        times.collection(config, recipe, given),
+        unit,
+    )
+
+
+def _compiled(config, mesh, batches, machine, say) -> tuple[Compiled, Compiled | None]:
+    platform = mesh.devices.flat[0].platform
+    say(f"compiling the update for {machine.text}, batch {batches[0]} ...")
+    chosen = compile_update(config, mesh, platform, batches[0])
+    if chosen.mixed is None and batches[1] > batches[0]:
+        return chosen, None  # what is larger does not fit either
+    say(f"compiled in {chosen.seconds:.0f} s; again, batch {batches[1]} ...")
+    return chosen, compile_update(config, mesh, platform, batches[1])

@@ -1,0 +1,144 @@
+"""What the benchmarks are made of; they themselves run on any machine with --small."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import check, contenders, hot_kernels, latency_table, measure, random_checkpoint
+from linvideo_jax.models import registry
+from linvideo_jax.models.wan import WanConfig
+
+TINY = WanConfig(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_dim=24,
+    freq_dim=16,
+    ffn_dim=48,
+    num_layers=2,
+)
+
+
+@pytest.fixture
+def run(capsys):
+    """run(program, **flags) -> (exit code, stdout, stderr)."""
+
+    def run(program, **flags):
+        code = program.main(["program", *(f"--{name}={value}" for name, value in flags.items())])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("ours", "bfloat16"), ("diffusers", "float32")])
+def test_random_checkpoints_hold_what_was_made(tmp_path, layout, dtype):
+    sizes = replace(registry.wan_digits(), transformer=TINY)
+    parts = ("transformer",)
+    size = random_checkpoint.write(
+        tmp_path / "made", sizes, layout=layout, parts=parts, dtype=dtype
+    )
+    flat = random_checkpoint.random_flat("transformer", TINY, dtype)
+    assert size == sum(array.nbytes for array in flat.values())
+    random_checkpoint.check(tmp_path / "made", sizes, parts, dtype)
+    with pytest.raises(AssertionError):
+        random_checkpoint.check(tmp_path / "made", sizes, parts, "float16")
+
+
+def test_random_values_have_an_initial_models_scale():
+    flat = random_checkpoint.random_flat("transformer", WanConfig(num_layers=1), "bfloat16")
+    kernel = np.asarray(flat["blocks.0.ffn.linear_2.kernel"]).astype(np.float32)
+    assert np.isfinite(kernel).all()
+    assert 0.7 < kernel.std() * kernel.shape[0] ** 0.5 < 1.42  # a power of two near it
+    other = np.asarray(flat["blocks.0.ffn.linear_1.kernel"]).astype(np.float32)
+    assert abs(np.corrcoef(kernel.reshape(-1)[:1000], other.reshape(-1)[:1000])[0, 1]) < 0.2
+
+
+def results(seconds, device="cpu", **parts):
+    row = {"seconds": seconds, "low": seconds, "high": 9.0, "peak_bytes": 0, "tflop_per_second": 1}
+    forward = {"size": "1.3B", "blocks": 30, "tokens": 9, "rows": {"dense": row, "LinVideo": row}}
+    point = {"row": "dense", "tokens": 8, "seconds": seconds}
+    points = [point, {**point, "tokens": 16, "seconds": 4 * seconds}]
+    scaling = {"points": points, "exponents": latency_table.exponents(points)}
+    where = {"device": device, "versions": {"jax": "1"}, "xla_flags": ""}
+    parts = {"forward_1.3b": forward, "scaling": scaling, **parts}
+    return {"environment": where, "small": False, "parts": parts}
+
+
+def test_check_compares_results_of_one_device(run, tmp_path):
+    def write(name, content):
+        (tmp_path / name).write_text(json.dumps(content))
+        return tmp_path / name
+
+    stored = write("stored.json", results(1.0))
+    code, out, _ = run(check, new=write("a.json", results(1.05)), stored=stored)
+    assert code == 0 and "  1.05  1 s  forward_1.3b / rows / dense" in out and "slower" not in out
+    assert "  1.05  4 s  scaling / points / dense / 16" in out
+    code, out, _ = run(check, new=tmp_path / "a.json", stored=stored, tolerance=0.01)
+    assert code == 1 and out.count("slower") == 4
+    failed = {"forward_1.3b": {"error": "out of memory"}}
+    code, out, _ = run(check, new=write("b.json", results(1.0, **failed)), stored=stored)
+    assert code == 1 and "forward_1.3b failed: out of memory" in out
+    code, _, err = run(check, new=write("c.json", results(1.0, "H100")), stored=stored)
+    assert code == 2 and "compare results of one device" in err
+    code, _, err = run(check, new=write("d.json", {}), stored=stored)
+    assert code == 2 and "is no result of these benchmarks" in err
+
+
+def test_table_and_pictures(tmp_path, capsys):
+    assert results(1.0)["parts"]["scaling"]["exponents"] == {"dense": pytest.approx(2)}
+    row = {"seconds": 12.0, "steps": 6}
+    stages = {"text encoder": 0.5, "VAE decode, float32, 1.3B": 2}
+    stages["weights to the device, 1.3B"] = 0.25
+    rows = {name: {"seconds": seconds} for name, seconds in stages.items()}
+    more = {
+        "steps_1.3b": {"size": "1.3B", "rows": {"dense, guided": row, "dense, 4 steps": row}},
+        "stages": {"rows": rows},
+        "mp4": {"rows": {"mp4, 1.3B": {"seconds": 1}}},
+        "forward_14b": {"error": "no memory"},
+    }
+    latency_table.write(results(0.5, **more), tmp_path / "out.json")
+    out = capsys.readouterr().out
+    assert "| 1.3B, 30 layers, 9 tokens: LinVideo | 500 ms | 500 ms to 9.00 s | 1 | 0.0 |" in out
+    assert "| 1.3B: dense, 50 steps with guidance | 100.00 s | 104.00 s | 104.25 s |" in out
+    assert "| 1.3B: dense, 4 steps | 12.00 s | 15.50 s | 15.75 s |" in out
+    assert "Not measured: forward_14b (no memory)." in out
+    assert (tmp_path / "out.md").read_text() == out
+    for name in ("out.svg", "out-scaling.svg"):
+        assert (tmp_path / name).read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+
+
+def test_every_scope_of_the_transformer_is_found_in_its_program():
+    ours = contenders.Ours(TINY, jnp.dtype(jnp.float32))
+    run = ours.forward((1, 4, 4, 4), [0])
+    assert np.isfinite(run.run()).all() and run.operations > 0 and run.peak_bytes() > 0
+    found = set(hot_kernels.scopes_of(run.program).values())
+    assert found >= {
+        "queries_keys_values",
+        "softmax",
+        "linear",
+        "cross_attention",
+        "feed_forward",
+        "patch_embedding",
+        "head",
+    }
+
+
+def test_results_are_of_one_device_and_parts_are_not_measured_twice(tmp_path, capsys):
+    path, calls = tmp_path / "runs" / "out.json", []
+    known = {"one": lambda: calls.append(1) or {"rows": {}}, "two": lambda: 1 / 0}
+    measure.run_parts(known, ["one"], measure.Results(path, True), [])
+    measure.run_parts(known, ["one"], measure.Results(path, True), [])
+    assert calls == [1] and "measured before" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        measure.run_parts(known, ["two"], measure.Results(path, True), [])
+    again = measure.Results(path, True)
+    assert again.parts["two"]["error"].startswith("ZeroDivisionError")
+    assert "one" in again and "two" not in again
+    with pytest.raises(Exception, match="choose another --out"):
+        measure.Results(path, False)
+    assert jax.devices()[0].device_kind == again.everything["environment"]["device"]

@@ -1,0 +1,119 @@
+"""Softmax attention's implementations against the reference; its semantics: test_attention.py."""
+
+import logging
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import dispatch
+from kernels.ahead_of_time import compile_for_tpu
+from kernels.dispatch import compiling_for
+from kernels.gpu import GPU
+from kernels.softmax_attention import (
+    chunked,
+    interface,
+    reference,
+    softmax_attention,
+    splash,
+    tokamax_mosaic,
+)
+
+
+def arrays(dtype=jnp.float32, batch=2, tokens=7, keys=5, heads=3, head_dim=8):
+    rng = np.random.default_rng(0)
+    q, cotangent = rng.normal(size=(2, batch, tokens, heads, head_dim))
+    k, v = rng.normal(size=(2, batch, keys, heads, head_dim))
+    return [jnp.asarray(x, dtype) for x in (q, k, v, cotangent)]
+
+
+def with_gradients(function, q, k, v, cotangent):
+    def run(*args):
+        out, pull = jax.vjp(function, *args)
+        return out, *pull(cotangent)
+
+    return jax.jit(run)(q, k, v)
+
+
+def assert_same(ours, exact, atol=2e-5):
+    for one, other in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("bias_shape", [None, (2, 1, 1, 5), (1, 3, 7, 5)])
+def test_chunks_of_queries_give_the_same(bias_shape):
+    given = arrays()
+    bias = None
+    if bias_shape:
+        bias = jnp.asarray(np.random.default_rng(1).normal(size=bias_shape), jnp.float32)
+    ours = with_gradients(lambda *x: chunked.softmax_attention(*x, bias, chunk=3), *given)
+    assert_same(ours, with_gradients(lambda *x: reference.softmax_attention(*x, bias), *given))
+
+
+def test_splash_with_padding_gives_the_same():
+    given = arrays(batch=1, tokens=140, keys=130, heads=2, head_dim=128)
+    ours = with_gradients(lambda *x: splash.softmax_attention(*x, None, interpret=True), *given)
+    exact = with_gradients(lambda *x: reference.softmax_attention(*x, None), *given)
+    assert_same(ours, exact, atol=1e-4)
+
+
+def test_splash_serves_on_a_tpu_and_compiles():
+    x = jax.ShapeDtypeStruct((1, 700, 2, 128), jnp.bfloat16)
+    compiled = compile_for_tpu(softmax_attention, x, x, x, kind="v5p")
+    assert "splash" in compiled.as_text()
+
+
+def test_plain_jax_goes_by_the_size_of_the_logits(monkeypatch):
+    q, k, v, _ = arrays()
+    exact = softmax_attention(q, k, v, implementation="reference")
+    served = []
+    for name in ("chunked", "reference"):
+        function = interface.IMPLEMENTATIONS[name]
+        spy = lambda *args, name=name, function=function: served.append(name) or function(*args)  # noqa: E731
+        spy.__name__ = "softmax_attention"
+        monkeypatch.setitem(interface.IMPLEMENTATIONS, name, spy)
+    softmax_attention(q, k, v)
+    monkeypatch.setattr(interface, "LARGE", chunked.logits_bytes(q, k))
+    np.testing.assert_allclose(softmax_attention(q, k, v), exact, atol=1e-6)
+    monkeypatch.setenv(interface.VARIABLE, "tokamax,reference")
+    softmax_attention(q, k, v)
+    assert served == ["reference", "chunked", "reference"]
+
+
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    q, k, v, _ = arrays()
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        for _ in range(2):
+            softmax_attention(q, k, v, implementation=("cudnn", "reference"))
+    wanted = "softmax_attention: reference serves (cudnn: needs an NVIDIA GPU, this is cpu)"
+    assert [record.getMessage() for record in caplog.records] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "platform", "reason"),
+    [
+        ("tokamax", {}, "cpu", "needs an NVIDIA GPU, this is cpu"),
+        ("tokamax", {}, "gpu", "needs bfloat16 or float16, got float32"),
+        ("tokamax", {"dtype": jnp.float16}, "gpu", "needs head_dim 64 or 128, got 8"),
+        ("splash", {}, "gpu", "needs a TPU, this is gpu"),
+        ("splash", {"dtype": jnp.float16}, "tpu", "needs bfloat16 or float32, got float16"),
+        ("splash", {}, "tpu", "needs a head_dim that is a multiple of 128"),
+    ],
+)
+def test_what_libraries_do_not_take_is_said(name, options, platform, reason):
+    q, k, v, _ = arrays(**options)
+    with compiling_for(platform), pytest.raises(NotImplementedError, match=f"{name}: {reason}"):
+        softmax_attention(q, k, v, implementation=name)
+
+
+def test_a_missing_package_is_a_refusal(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    q, k, v, _ = arrays(jnp.bfloat16, head_dim=64)
+    with compiling_for("gpu"), pytest.raises(NotImplementedError, match="package tokamax"):
+        softmax_attention(q, k, v, implementation="tokamax")
+    monkeypatch.setattr(tokamax_mosaic, "target", lambda: GPU("NVIDIA A100", 8.0, 108))
+    with compiling_for("gpu"), pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        softmax_attention(q, k, v, implementation="tokamax")
