@@ -49,8 +49,11 @@ def linear(ours, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(ours, linear, tmp_path_factory):
-    """configs/digits_dmd2.py, cut down to the tiny models and a few steps."""
+def config(tiny_pipeline, linear, tmp_path_factory):
+    """configs/digits_dmd2.py, cut down to the tiny models and a few steps.
+
+    The teacher is a folder in diffusers' layout, as wan-digits is, the student one of ours.
+    """
     path = Path(__file__).parents[1] / "configs" / "digits_dmd2.py"
     spec = importlib.util.spec_from_file_location("digits_dmd2", path)
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +61,7 @@ def config(ours, linear, tmp_path_factory):
     config = module.get_config()
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    config.checkpoint, config.teacher = linear, str(ours)
+    config.checkpoint, config.teacher = linear, str(tiny_pipeline.folder)
     config.prompts, config.dtype = str(prompts), "float32"
     config.distill.update(
         num_steps=STEPS,
@@ -146,7 +149,10 @@ def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, m
     assert not (tmp_path / "final").exists()
     monkeypatch.setattr(loop.MetricsFile, "write", write)
     states = []
-    monkeypatch.setattr(distill, "save", lambda *args: states.append(args[-2]))
+    run = loop.run
+    monkeypatch.setattr(
+        loop, "run", lambda *args, **named: (states.append(run(*args, **named)), states[-1])[1]
+    )
     distill.run(config, tmp_path)
     distill.run(config, trained)  # a finished run restores its last state
     resumed, undisturbed = states
@@ -169,7 +175,8 @@ def parts(config, student, teacher, **recipe):
     )
     made = dataclasses.replace(made, **recipe)
     state = distill_training.initial_state(made, params, teacher.transformer, r, mode)
-    texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size).draw(0, 0)
+    texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size)
+    texts = texts.draw(0, 0, np.arange(made.batch_size))
     return made, state, texts, distill.knobs_at(config, 0, 2.0, 1.0)
 
 
