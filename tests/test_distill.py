@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -49,8 +52,11 @@ def linear(ours, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(ours, linear, tmp_path_factory):
-    """configs/digits_dmd2.py, cut down to the tiny models and a few steps."""
+def config(tiny_pipeline, linear, tmp_path_factory):
+    """configs/digits_dmd2.py, cut down to the tiny models and a few steps.
+
+    The teacher is a folder in diffusers' layout, as wan-digits is, the student one of ours.
+    """
     path = Path(__file__).parents[1] / "configs" / "digits_dmd2.py"
     spec = importlib.util.spec_from_file_location("digits_dmd2", path)
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +64,7 @@ def config(ours, linear, tmp_path_factory):
     config = module.get_config()
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    config.checkpoint, config.teacher = linear, str(ours)
+    config.checkpoint, config.teacher = linear, str(tiny_pipeline.folder)
     config.prompts, config.dtype = str(prompts), "float32"
     config.distill.update(
         num_steps=STEPS,
@@ -146,7 +152,10 @@ def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, m
     assert not (tmp_path / "final").exists()
     monkeypatch.setattr(loop.MetricsFile, "write", write)
     states = []
-    monkeypatch.setattr(distill, "save", lambda *args: states.append(args[-2]))
+    run = loop.run
+    monkeypatch.setattr(
+        loop, "run", lambda *args, **named: (states.append(run(*args, **named)), states[-1])[1]
+    )
     distill.run(config, tmp_path)
     distill.run(config, trained)  # a finished run restores its last state
     resumed, undisturbed = states
@@ -169,7 +178,8 @@ def parts(config, student, teacher, **recipe):
     )
     made = dataclasses.replace(made, **recipe)
     state = distill_training.initial_state(made, params, teacher.transformer, r, mode)
-    texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size).draw(0, 0)
+    texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size)
+    texts = texts.draw(0, 0, np.arange(made.batch_size))
     return made, state, texts, distill.knobs_at(config, 0, 2.0, 1.0)
 
 
@@ -329,3 +339,17 @@ def others(ours, tmp_path_factory):
         made = checkpoints.make_config(sizes, whole.vae_config, whole.umt5_config)
         found[name] = save_like(whole, folder / name, config=made, transformer=zeros)
     return found
+
+
+def test_a_mesh_of_four_devices_trains_alike(tmp_path):
+    """Weights and tokens shared: the same losses and gradients as on one device, in float32."""
+    path = Path(__file__).with_name("distill_cases.py")
+    words = [sys.executable, str(path), str(tmp_path / "out.json")]
+    root = str(path.parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (single, _), (shared, lies) = json.loads((tmp_path / "out.json").read_text())
+    assert lies, "the state is kept as the table of rules says"
+    np.testing.assert_allclose(shared[0], single[0], rtol=2e-4)
+    np.testing.assert_allclose(shared, single, rtol=2e-2)  # Adam's steps of dead weights are noise

@@ -86,6 +86,7 @@ def test_videos_and_manifest(run, tmp_path, tiny_pipeline):
         "sampler": "unipc",
         "negative_prompt": "",
         "time_grid": "diffusers",
+        "denoising_steps": None,
     }
     assert manifest["videos"] == {
         name: {"prompt": prompt, "seed": 7 + i}

@@ -4,12 +4,15 @@ Two networks are trained in turn, the fake score at every step and the generator
 `generator_every`-th, from prompts alone. The layers' kinds are those of the checkpoint and stay.
 """
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from linvideo_jax import checkpoints, loop, optimizers, report, turns
 from linvideo_jax.data import prompts as prompt_files
@@ -17,8 +20,10 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.flow import solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
+from linvideo_jax.parallel import hosts
+from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.parts import flatten
-from linvideo_jax.pipeline import Pipeline, Settings, check_settings, latent_shape, overridden
+from linvideo_jax.pipeline import Pipeline, Settings, check_settings, overridden
 from linvideo_jax.stages import monitoring, transfer
 from linvideo_jax.text import text_bucket
 from linvideo_jax.transfer import distill_training, distillation, scores, selection, training
@@ -30,17 +35,17 @@ def run(config, workdir: Path) -> None:
     settings, workdir = config.distill, Path(workdir)
     check(settings)
     teacher = load_teacher(config.teacher)
-    student = checkpoints.load(config.checkpoint, ("transformer",))
+    student = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
     check_student(student, teacher, settings)
-    beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[1]  # read at the end
+    placement = Placement.of(config, heads_of(student, teacher))
+    # Lazy arrays, read at the end; a folder of diffusers' gives the sizes of what is asked for.
+    sizes, beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[:2]
     sampling = few_step_sampling(teacher, settings)
-    prompts = Prompts(
-        config.prompts,
-        Pipeline(turns.open_folder(config.teacher), config.dtype),
-        sampling.negative_prompt,
-        settings.batch_size,
-    )
-    size = (sampling.height, sampling.width, sampling.num_frames)
+    pipeline = Pipeline(turns.open_folder(config.teacher), config.dtype)
+    shape = pipeline.latent_shape(sampling)
+    prompts = Prompts(config.prompts, pipeline, sampling.negative_prompt, settings.batch_size)
+    del pipeline  # and with it the text encoder
+    rows = placement.rows(settings.batch_size)
     wan_config, params, r, mode = start(student, config)
     recipe = Recipe.of(
         settings,
@@ -48,8 +53,9 @@ def run(config, workdir: Path) -> None:
         teacher=teacher.wan_config,
         fake=teacher.wan_config,
         sigmas=sampling.sigmas(),
-        shape=latent_shape(teacher.wan_config, teacher.vae_config, *size),
+        shape=shape,
         dtype=config.dtype,
+        layout=placement.layout,
     )
     fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
     schedule = optimizers.warmup_cosine(
@@ -62,32 +68,44 @@ def run(config, workdir: Path) -> None:
 
     def step_of_run(state, step):
         if settings.one_stage and step == settings.round_at:
-            state = transfer.chosen(state, None, config.transfer, workdir)
+            state = placement.params(transfer.chosen(state, None, config.transfer, workdir))
         knobs = knobs_at(config, step, guidance_scale, schedule(step + 1))
         critic, actor = jax.random.split(jax.random.fold_in(seed, step))
         metrics = {}
         if step % settings.generator_every == settings.generator_every - 1:
-            texts = prompts.draw(config.seed, 2 * step + 1)
+            texts = placement.batch(
+                prompts.draw(config.seed, 2 * step + 1, rows), settings.batch_size
+            )
             state, metrics = distill_training.update_generator(
                 recipe, state, teacher.transformer, texts, knobs, actor
             )
-        texts = prompts.draw(config.seed, 2 * step)
+        texts = placement.batch(prompts.draw(config.seed, 2 * step, rows), settings.batch_size)
         state, more = distill_training.update_fake_score(recipe, state, texts, knobs, critic)
         return state, metrics | more
+
+    make = partial(distill_training.initial_state, recipe)
+    # In a list, to be let go of when the loop has it.
+    begin = [placement.make(make, *(placement.params(tree) for tree in (params, fake, r, mode)))]
+    del params, fake
+    student = replace(student, transformer=None)
+    # From here on the teacher's kernels are in the dtype in which they act.
+    frozen = training.frozen(placement.params(teacher.transformer), recipe.dtype)
+    teacher = replace(teacher, transformer=frozen)
 
     folder = workdir / "state" / "distill"
     events = [(settings.log_every, monitoring.report_every(settings.report_every, workdir))]
     if settings.sample_every:
-        shown = (wan_config, config, settings.sample_prompts)
+        shown = (recipe.student, config, settings.sample_prompts)
         event = monitoring.Samples(folder, teacher, *shown, sampling=sampling, weights="ema")
         events.insert(0, (settings.sample_every, event))
     marks = [[settings.round_at, "rounded"]] if settings.one_stage else []
     facts = {"num_steps": settings.num_steps, "marks": marks}
-    loop.write_json(folder / monitoring.FACTS, facts)
+    if hosts.is_first():
+        loop.write_json(folder / monitoring.FACTS, facts)
     state = loop.run(
         "distill",
         step_of_run,
-        distill_training.initial_state(recipe, params, fake, r, mode),
+        begin.pop(),
         num_steps=settings.num_steps,
         folder=folder,
         save_every=settings.save_every,
@@ -97,8 +115,25 @@ def run(config, workdir: Path) -> None:
         events=events,
         profile_at=settings.profile_at,
     )
+    weights = whole(state["ema"])
+    if not hosts.is_first():
+        return
     report.write(workdir)
-    save(workdir / "final", student, beside, recipe, state, sampling)
+    linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
+    checkpoints.save_flat(
+        workdir / "final",
+        # It says how the model is sampled, so that no flag is needed.
+        config=checkpoints.make_config(
+            recipe.student,
+            **{part: checkpoints.model_configs(sizes)[part] for part in beside},
+            linear_layers=linear,
+            sampling=asdict(sampling),
+        ),
+        flat={"transformer": flatten(weights), **beside},
+        tokenizer=student.tokenizer_folder,
+        scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, sampling.num_inference_steps),
+        source=str(config.checkpoint),
+    )
 
 
 def check(settings) -> None:
@@ -126,7 +161,7 @@ def load_teacher(folder: str) -> checkpoints.Checkpoint:
     """The frozen teacher; UserError without one, or for one that has linear layers."""
     if not folder:
         raise UserError("teacher is empty: name the folder of the model to learn from.")
-    teacher = checkpoints.load(folder, ("transformer",))
+    teacher = checkpoints.load(folder, ("transformer",), create=np.asarray)
     if teacher.linear_layers:
         raise UserError(f"the teacher {folder} has linear layers: name the model it came from.")
     return teacher
@@ -153,6 +188,11 @@ def check_student(student, teacher, settings) -> None:
         )
 
 
+def heads_of(student: checkpoints.Checkpoint, teacher: checkpoints.Checkpoint) -> int:
+    """A number that the mesh's axis context divides if it divides the heads of both."""
+    return math.gcd(*(one.wan_config.num_attention_heads for one in (student, teacher)))
+
+
 def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
     """How the generator is sampled, in training and after; UserError for a list that cannot be."""
     steps = tuple(settings.denoising_steps)
@@ -167,10 +207,7 @@ def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
 
 
 class Prompts:
-    """Embeddings of a file's prompts in the host's memory, from which batches are drawn.
-
-    The pipeline, and with it the text encoder, is let go of once they are made.
-    """
+    """Embeddings of a file's prompts in the host's memory, from which batches are drawn."""
 
     def __init__(self, path: str, pipeline: Pipeline, negative: str, batch_size: int):
         self._prompts, self._negative = prompt_files.read(path), negative
@@ -179,14 +216,14 @@ class Prompts:
         longest = max(len(self._texts[prompt]) for prompt in (*self._prompts, negative))
         self._tokens = text_bucket(longest)
 
-    def draw(self, seed: int, number: int) -> Texts:
-        """The texts of batch `number`; the same on every host."""
-        rows = np.random.default_rng([seed, number]).integers(
+    def draw(self, seed: int, number: int, rows: Int[np.ndarray, " rows"]) -> Texts:
+        """The texts of these rows of batch `number`, which is the same on every host."""
+        drawn = np.random.default_rng([seed, number]).integers(
             len(self._prompts), size=self._batch_size
         )
         return Texts(
-            *self._padded([self._prompts[row] for row in rows]),
-            *self._padded([self._negative] * self._batch_size),
+            *self._padded([self._prompts[i] for i in drawn[rows]]),
+            *self._padded([self._negative] * len(rows)),
         )
 
     def _padded(self, prompts):
@@ -203,7 +240,7 @@ def start(student: checkpoints.Checkpoint, config) -> tuple[wan.WanConfig, Param
     layers, sizes = student.wan_config.num_layers, student.wan_config
     if config.distill.one_stage:
         selection.check(config.transfer, layers)
-        sizes = training.student_config(sizes)
+        sizes = training.student_config(sizes, config.transfer.feature_map)
         begin = training.initial_state(config.transfer, sizes, student.transformer)
         return sizes, begin["params"], begin["r"], begin["mode"]
     linear = np.isin(np.arange(layers), student.linear_layers)
@@ -231,26 +268,4 @@ def knobs_at(config, step: int, guidance_scale: float, rate) -> Knobs:
         lambda_=own.lambda_,
         alpha=scores.annealed_alpha(step / settings.round_at, *own.alpha),
         target=own.target,
-    )
-
-
-def save(folder: Path, student, beside, recipe: Recipe, state, sampling: Settings) -> None:
-    """Writes the generator's average with the student's other networks, `beside` by part.
-
-    Its config.json says how it is sampled, so that no flag is needed.
-    """
-    linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save_flat(
-        folder,
-        config=checkpoints.make_config(
-            recipe.student,
-            student.vae_config,
-            student.umt5_config,
-            linear_layers=linear,
-            sampling=asdict(sampling),
-        ),
-        flat={"transformer": flatten(jax.device_get(state["ema"])), **beside},
-        tokenizer=student.tokenizer_folder,
-        scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, sampling.num_inference_steps),
-        source=str(student.path),
     )

@@ -14,6 +14,7 @@ from linvideo_jax import optimizers
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import rectified
 from linvideo_jax.models import wan
+from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.module import Params
 from linvideo_jax.transfer import distillation, scores, training
 from linvideo_jax.transfer.objectives import Latents, Velocity
@@ -26,7 +27,8 @@ class Recipe:
     """Static: another value is another program. The fake score has the sizes of `fake`.
 
     sigmas: of the steps, a 0 behind them; shape: of one video's latents; moving_scores: whether
-    layers are still chosen by scores (transfer and distillation in one stage).
+    layers are still chosen by scores (transfer and distillation in one stage); layout: of the mesh,
+    None on one device.
     """
 
     student: wan.WanConfig
@@ -41,12 +43,14 @@ class Recipe:
     weight_decay: float
     clip_norm: float
     moving_scores: bool = False
+    layout: Layout | None = None
     # The network is told 1000 t as it is, as the few-step samplers tell it.
     sampler: str = "renoise"
-    layout: None = None  # one device
 
     @classmethod
-    def of(cls, settings, student, teacher, fake, sigmas, shape, dtype) -> "Recipe":
+    def of(
+        cls, settings, student, teacher, fake, sigmas, shape, dtype, layout: Layout | None = None
+    ) -> "Recipe":
         """From `config.distill`; UserError for a count below 1."""
         for name in ("batch_size", "generator_every"):
             if settings[name] < 1:
@@ -64,6 +68,7 @@ class Recipe:
             settings.weight_decay,
             settings.clip_norm,
             settings.one_stage,
+            layout,
         )
 
 
@@ -171,7 +176,8 @@ def update_fake_score(recipe: Recipe, state: State, texts: Texts, knobs: Knobs, 
     value, grads = jax.value_and_grad(loss)(fake["params"])
     params, moments = _applied(recipe, fake["params"], fake["optimizer"], grads, knobs.fake_rate)
     metrics = {"loss": value, "fake_gradient_norm": optax.tree.norm(grads)}
-    return state | {"fake": {"params": params, "optimizer": moments}}, metrics
+    new = state | {"fake": {"params": params, "optimizer": moments}}
+    return training.kept(recipe, new), training.kept(recipe, metrics)
 
 
 def generator_objective(
@@ -247,4 +253,5 @@ def update_generator(
         "ema": optimizers.moving_average(state["ema"], *average),
         "r": jnp.where(state["mode"] == wan.MIX, r, state["r"]),
     }
-    return new, metrics | {"gradient_norm": optax.tree.norm(grads["params"])}
+    metrics |= {"gradient_norm": optax.tree.norm(grads["params"])}
+    return training.kept(recipe, new), training.kept(recipe, metrics)

@@ -231,11 +231,11 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
-    metrics = _kept(recipe, metrics | moved | more)
-    return _kept(recipe, state), metrics | {"forwards": recipe.forwards}
+    metrics = kept(recipe, metrics | moved | more)
+    return kept(recipe, state), metrics | {"forwards": recipe.forwards}
 
 
-def _kept(recipe: Recipe, tree: State) -> State:
+def kept(recipe: Recipe, tree: State) -> State:
     """A state, gradients or metrics, laid out on the mesh as they are kept from step to step."""
     return tree if recipe.layout is None else recipe.layout.keep(tree)
 
@@ -249,7 +249,7 @@ def gradients(
     def of_part(part):
         arguments = (recipe, state, teacher_params, *part, knobs)
         grads, parts = jax.grad(loss, has_aux=True)(trained, *arguments)
-        return _kept(recipe, grads), parts
+        return kept(recipe, grads), parts
 
     return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
 
@@ -310,5 +310,5 @@ def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     (total, errors), grads = jax.value_and_grad(error, has_aux=True)(maps)
     changes, moments = MAPS_OPTIMIZER.update(grads, state["warmup"])
     params = with_maps(optimizers.apply(maps, changes, knobs.learning_rate))
-    new = _kept(recipe, state | {"params": params, "warmup": moments})
-    return new, _kept(recipe, {"loss": total, "attention_errors": errors, "r": state["r"]})
+    new = kept(recipe, state | {"params": params, "warmup": moments})
+    return new, kept(recipe, {"loss": total, "attention_errors": errors, "r": state["r"]})
