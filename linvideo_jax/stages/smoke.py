@@ -31,17 +31,22 @@ GIB = chips.GIB
 
 def run(config, workdir: Path | None = None) -> None:
     """Makes `config.smoke.num_steps` updates and prints what they took; writes nothing."""
-    sizes = meshes.resolve(meshes.of_config(config), jax.device_count())
-    parts = sizes["data"] * sizes["fsdp"] * config.transfer.accumulate
-    config = config.copy_and_resolve_references()
-    config.transfer.batch_size = config.smoke.samples * parts
-    measured = measure(config, config.smoke.num_steps)
+    measured = measure(with_batch(config), config.smoke.num_steps)
     if not np.isfinite(measured["losses"]).all():
         raise UserError(
             f"the losses of random weights are {measured['losses']}: this machine or its JAX does "
             "not compute right; try --config.dtype=float32 to see more."
         )
     print(page(measured))
+
+
+def with_batch(config):
+    """The configuration with `smoke.samples` for every part of the batch on all devices."""
+    sizes = meshes.resolve(meshes.of_config(config), jax.device_count())
+    parts = sizes["data"] * sizes["fsdp"] * config.transfer.accumulate
+    config = config.copy_and_resolve_references()
+    config.transfer.batch_size = config.smoke.samples * parts
+    return config
 
 
 def measure(config, num_steps: int, say: Callable[[str], None] = print) -> dict[str, Any]:
