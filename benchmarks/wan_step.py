@@ -24,7 +24,7 @@ FLAGS = {
     "out": (None, "JSON file of the figures"),
     "model": ("wan2_1_t2v_1_3b", "name of the model"),
     "remat": ("full,offload,products,none", "policies, with commas"),
-    "batches": ("1,2", "samples of every part of the batch, with commas"),
+    "batches": ("1", "samples of every part of the batch, with commas"),
     "accumulate": ("1", "parts of a batch, with commas"),
     "optimizer": ("adamw", "of transfer.optimizer"),
     "steps": ("3", "updates after the one that compiles"),
@@ -78,7 +78,7 @@ def wan_step(argv: Sequence[str]) -> None:
         print(name, flush=True)
         began = time.time()
         command = [sys.executable, __file__, f"--case={json.dumps(case)}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         lines = done.stdout.splitlines()
         if done.returncode == 0:
             rows[name] = json.loads(lines[-1].removeprefix("RESULT "))
