@@ -129,7 +129,9 @@ def program(argv: Sequence[str]) -> None:
     if Path(given["folder"]).exists():
         raise UserError(f"{given['folder']} exists: name a folder that does not, for --folder.")
     found = []
-    print("| size | threads | pairs/s, cached | MB/s | a core | from disk | MB/s | a core |", end="")
+    print(
+        "| size | threads | pairs/s, cached | MB/s | a core | from disk | MB/s | a core |", end=""
+    )
     print(" written, MB/s |")
     print("|---" * 9 + "|")
     for row in rows(epath.Path(given["folder"]), TINY if given["tiny"] else SIZES):

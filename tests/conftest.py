@@ -136,75 +136,10 @@ def source(tiny_pipeline, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
-    """Folder of a random teacher whose VAE has one level, so that 16 px are a latent of 16."""
-    import jax
-    import numpy as np
+    """Folder of a random teacher."""
+    from benchmarks import tiny
 
-    from linvideo_jax import checkpoints
-    from linvideo_jax.data import captions
-    from linvideo_jax.models.module import shapes
-    from linvideo_jax.models.tokenizer_training import build
-    from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
-    from linvideo_jax.models.vae import VAEConfig, WanVAE
-    from linvideo_jax.models.wan import WanConfig, WanTransformer
-
-    folder = tmp_path_factory.mktemp("teacher")
-    models = {
-        "transformer": WanConfig(
-            num_layers=3,
-            num_attention_heads=2,
-            attention_head_dim=12,
-            ffn_dim=32,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-        ),
-        "vae": VAEConfig(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=(1, 1),
-            num_res_blocks=1,
-            temperal_downsample=(True,),
-            latents_mean=(0.0,) * 4,
-            latents_std=(1.0,) * 4,
-        ),
-        "text_encoder": UMT5Config(
-            vocab_size=build(captions.vocabulary(), folder / "words"),
-            d_model=16,
-            d_kv=8,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-        ),
-    }
-    classes = {"transformer": WanTransformer, "vae": WanVAE, "text_encoder": UMT5Encoder}
-    rng = np.random.default_rng(0)
-
-    def draw(part):
-        return jax.tree.map(
-            lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype),
-            shapes(classes[part], models[part]),
-        )
-
-    params = {part: draw(part) for part in models}
-    # Queries and keys large enough that attention is far from even.
-    for norm in ("norm_q", "norm_k"):
-        params["transformer"]["blocks"]["attn1"][norm]["scale"] += 2.0
-    sampling = {
-        "num_inference_steps": 3,
-        "guidance_scale": 2.0,
-        "height": 16,
-        "width": 16,
-        "num_frames": 3,
-    }
-    checkpoints.save(
-        folder / "teacher",
-        config=checkpoints.make_config(**models, sampling=sampling),
-        **params,
-        tokenizer=folder / "words",
-    )
-    return folder / "teacher"
+    return tiny.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from etils import epath
 
 from linvideo_jax import checkpoints, folders, loop
-from linvideo_jax.data import loader, trajectories
+from linvideo_jax.data import loader, prompts, trajectories
 from linvideo_jax.errors import UserError
 from linvideo_jax.models.module import bind
 from linvideo_jax.models.wan import WanTransformer
@@ -179,8 +180,8 @@ def test_pairs_of_another_model_or_size_are_refused_by_the_training(tiny_config,
         collect.opened(tiny_config, collected, dataclasses.replace(teacher, wan_config=sizes), 4)
     smaller = tiny_config.copy_and_resolve_references()
     with smaller.collect.sampling.unlocked():
-        smaller.collect.sampling.update(num_frames=5)
-    with pytest.raises(UserError, match=r"num_frames 3 there, 5 now"):
+        smaller.collect.sampling.update(num_frames=9)
+    with pytest.raises(UserError, match=r"num_frames 5 there, 9 now"):
         collect.opened(smaller, collected, teacher, 4)
 
 
@@ -220,6 +221,14 @@ def test_prompts_that_are_no_text_are_refused(tiny_config, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             collect.run(own, tmp_path)
+
+
+def test_the_shipped_prompts_are_a_thousand_different_sentences():
+    path = Path(__file__).parents[1] / "assets" / "prompts.txt"
+    found = prompts.read(path)
+    assert len(found) == len({re.sub(r"\W", "", line.lower()) for line in found}) == 1000
+    assert all(8 <= len(line.split()) <= 60 and line.isascii() for line in found)
+    assert path.stat().st_size < 150_000
 
 
 def anchors(config, workdir, teacher, steps, **options):

@@ -19,6 +19,7 @@ from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.pipeline import Pipeline, Settings
+from linvideo_jax.transfer import training
 
 FACTS, SAMPLES = "facts.json", "samples"
 FRAMES_SHOWN = 4
