@@ -2,8 +2,9 @@
 
 python benchmarks/scaling.py --out=docs/scaling.svg
 
-Needs `pip install -e ".[plots]"` for the picture. Prints the table of docs/pods.md and draws its picture. Nothing is run or compiled: bytes follow
-from the shapes, times from the published peaks of linvideo_jax/plan/chips.py.
+Prints the table of docs/pods.md; the picture needs `pip install -e ".[plots]"`. Nothing is run or
+compiled: bytes follow from the shapes, times from the published peaks of
+linvideo_jax/plan/chips.py.
 """
 
 import sys

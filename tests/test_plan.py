@@ -296,6 +296,11 @@ def test_largest_batch_lies_on_the_line_through_two(plan, monkeypatch):
     assert code == 1 and "--config.transfer.accumulate=3; --config.transfer.batch_size=10" in out
 
 
+def test_without_the_compiler_of_tpus(plan, monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install -e ".[tpu]"' in plan("v5e:2x2")[2]
+
+
 @pytest.mark.parametrize(
     ("message", "wanted"),
     [

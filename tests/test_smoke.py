@@ -65,6 +65,12 @@ def test_losses_that_are_not_finite_are_not_fine(tiny, monkeypatch, capsys):
     assert "does not compute right" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["num_steps", "samples"])
+def test_counts_below_one(tiny, capsys, name):
+    assert train.main(["train.py", *tiny, f"--config.smoke.{name}=0"]) == 2
+    assert f"smoke.{name} is 0: choose 1 or more" in capsys.readouterr().err
+
+
 def test_other_configurations_need_a_workdir(capsys):
     assert train.main(["train.py", "--config=configs/demo.py"]) == 2
     assert "--workdir is missing" in capsys.readouterr().err

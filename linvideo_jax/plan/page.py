@@ -1,5 +1,6 @@
 """A plan as text for a terminal."""
 
+from linvideo_jax.data.trajectories import FIELDS
 from linvideo_jax.metrics import step_flops
 from linvideo_jax.parallel.layout import MeshLayout
 from linvideo_jax.plan import advice
@@ -8,8 +9,8 @@ from linvideo_jax.plan.planned import USABLE, Plan
 from linvideo_jax.plan.times import Range
 
 _HOUR, _DAY = 3600, 86_400
-_VELOCITIES = {"both": 3, "cond": 2, "none": 1}  # arrays of a stored pair
-H100 = 989e12 * 0.58  # FLOP/s, of a dense prototype that collected for 14 and 308 hours
+# FLOP/s at which a dense prototype collected, in 14 and 308 hours of an H100.
+H100 = 0.58 * 989e12
 
 
 def text(plan: Plan) -> str:
@@ -134,7 +135,7 @@ def _collection(plan: Plan) -> str:
     sampling, collect = plan.given.sampling, plan.config.collect
     steps = sampling["num_inference_steps"]
     frames, height, width, channels = plan.given.latent_shape
-    arrays = _VELOCITIES[collect.get("store_velocity", "both")]
+    arrays = len(FIELDS[collect.store_velocity]) if collect.mode == "stored" else 0
     stored = collect.num_videos * steps * arrays * 2 * frames * height * width * channels
     work = plan.collection.total
     lines = [

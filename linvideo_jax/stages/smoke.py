@@ -20,6 +20,7 @@ from linvideo_jax.metrics import step_flops
 from linvideo_jax.metrics.step_flops import Layers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import init
+from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.placement import Placement
 from linvideo_jax.plan import chips
@@ -31,13 +32,17 @@ GIB = chips.GIB
 
 def run(config, workdir: Path | None = None) -> None:
     """Makes `config.smoke.num_steps` updates and prints what they took; writes nothing."""
+    for name in ("num_steps", "samples"):
+        if config.smoke[name] < 1:
+            raise UserError(f"smoke.{name} is {config.smoke[name]}: choose 1 or more.")
     measured = measure(with_batch(config), config.smoke.num_steps)
     if not np.isfinite(measured["losses"]).all():
         raise UserError(
             f"the losses of random weights are {measured['losses']}: this machine or its JAX does "
             "not compute right; try --config.dtype=float32 to see more."
         )
-    print(page(measured))
+    if hosts.is_first():
+        print(page(measured))
 
 
 def with_batch(config):
