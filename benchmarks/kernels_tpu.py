@@ -6,7 +6,6 @@ Needs `pip install -e ".[tpu]"`. Nothing is run: memory is the compiler's, times
 the chip's published peaks.
 """
 
-import math
 import re
 import sys
 
@@ -15,10 +14,12 @@ import jax.numpy as jnp
 
 from kernels.ahead_of_time import TOPOLOGIES, VMEM_LIMIT, compile_for_tpu, kernel_vmem
 from kernels.linear_attention import FeatureMap, linear_attention
+from linvideo_jax.plan.chips import CHIPS
+from linvideo_jax.plan.hlo import shape_bytes
 
 SIZES = {"1.3B": (32_760, 12), "14B": (75_600, 40)}  # tokens, heads
 HEAD_DIM, FEATURES = 128, 64
-PEAKS = {"v5e": (197e12, 819e9), "v5p": (459e12, 2765e9), "v6e": (918e12, 1640e9)}  # FLOP/s, B/s
+PEAKS = {kind: (CHIPS[kind].flops, CHIPS[kind].hbm_bandwidth) for kind in TOPOLOGIES}
 # Arrays of tokens: q, k, v, out; then q, k, v, dout read again and dq, dk, dv written.
 LEAST_ARRAYS = {"forward": 4, "forward + backward": 11}
 # Products of [tokens, 128] and [128, 128] a head.
@@ -54,17 +55,10 @@ def moved_bytes(program: jax.stages.Compiled) -> int:
         if match is None:
             continue
         name, shape, operation, operands = match.groups()
-        sizes[name] = _shape_bytes(shape)
+        sizes[name] = shape_bytes(shape)
         if operation not in _FREE:
             total += sizes[name] + sum(sizes[one] for one in re.findall(r"%([\w.-]+)", operands))
     return total
-
-
-def _shape_bytes(text: str) -> int:
-    return sum(
-        int(bits) // 8 * math.prod(int(n) for n in sizes.split(",") if n)
-        for bits, sizes in re.findall(r"[a-z](\d+)\[([\d,]*)\]", text)
-    )
 
 
 def main() -> int:

@@ -23,17 +23,14 @@ FLAGS = {
     "only": (None, "machine, such as v5p:4x4x4; none: all"),
 }
 PLANS = (
+    ("configs/wan14b.py", "v5p:4x4x4"),
+    ("configs/wan14b.py", "v6e:8x8"),
+    ("configs/wan14b.py", "v5e:8x8"),
+    ("configs/wan14b.py", "h100:32"),
     ("configs/wan1_3b.py", "v5e:4x4"),
     ("configs/wan1_3b.py", "v6e:2x4"),
     ("configs/wan1_3b.py", "v5p:2x2x2"),
-    ("configs/wan1_3b.py", "v5e:8x8", "--config.mesh.context=4"),
     ("configs/wan1_3b.py", "h100:8"),
-    ("configs/wan14b.py", "v5p:4x4x4"),
-    ("configs/wan14b.py", "v6e:8x8"),
-    ("configs/wan14b.py", "v5p:2x4x4"),
-    ("configs/wan14b.py", "v5e:8x8"),
-    ("configs/wan14b.py", "v5e:16x16", "--config.transfer.batch_size=32"),
-    ("configs/wan14b.py", "h100:32"),
 )
 
 

@@ -2,8 +2,9 @@
 
 python benchmarks/scaling.py --out=docs/scaling.svg
 
-Prints the table of docs/pods.md and draws its picture. Nothing is run or compiled: bytes follow
-from the shapes, times from the published peaks of linvideo_jax/plan/chips.py.
+Prints the table of docs/pods.md; the picture needs `pip install -e ".[plots]"`. Nothing is run or
+compiled: bytes follow from the shapes, times from the published peaks of
+linvideo_jax/plan/chips.py.
 """
 
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linvideo_jax import command_line
+from linvideo_jax.errors import UserError
 from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.registry import sizes
@@ -71,8 +73,10 @@ def _megabytes(count: float | None) -> str:
 
 def draw(config, chip, path: Path) -> None:
     """Bytes on the left, times on the right."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('--out needs matplotlib: pip install -e ".[plots]".') from None
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "scaling", "svg.fonttype": "none"}
     from matplotlib import pyplot

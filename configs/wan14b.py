@@ -1,7 +1,7 @@
 """Wan2.1-T2V-14B at 720p: 22 of its 40 layers become linear. On 32 GPUs of 80 GB or a TPU slice:
 
 python train.py --config=configs/wan14b.py --plan=v5p:4x4x4
-python train.py --config=configs/wan14b.py --workdir=gs://BUCKET/wan14b
+python train.py --config=configs/wan14b.py --workdir=/shared/wan14b
 
 The same command on every host (docs/pods.md). Every other value and its source is in wan1_3b.py.
 """

@@ -1,7 +1,7 @@
 """Wan2.1-T2V-1.3B at 480p: 16 of its 30 layers become linear. On 8 GPUs of 80 GB or a TPU slice:
 
 python train.py --config=configs/wan1_3b.py --plan=h100:8
-python train.py --config=configs/wan1_3b.py --workdir=gs://BUCKET/wan1_3b
+python train.py --config=configs/wan1_3b.py --workdir=/shared/wan1_3b
 
 The same command on every host (docs/pods.md). Not run yet: where the paper is silent, the values
 are our choice, most of them what wan-digits was converted with, and --plan says what they cost.

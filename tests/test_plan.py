@@ -1,14 +1,22 @@
 """train.py --plan: what is read from compiled programs, and what is said of a run."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import train
 from kernels.ahead_of_time import tpu_chips
-from linvideo_jax.plan import chips, collectives, hlo
+from linvideo_jax import config_files
+from linvideo_jax.models import registry
+from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.plan import chips, collectives, hlo, planned
 from linvideo_jax.plan.collectives import Collective
+from linvideo_jax.plan.compiled import Compiled, Held, refused
 
 PROGRAM = """HloModule jit_f, num_partitions=8
 
@@ -167,3 +175,152 @@ def test_a_compiled_scan_gathers_each_layer_once_a_direction():
 def test_machines(text, num_chips, is_tpu, one_way):
     machine = chips.machine(text)
     assert (machine.num_chips, machine.is_tpu, machine.one_way) == (num_chips, is_tpu, one_way)
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+from configs import digits
+
+def get_config():
+    config = digits.get_config()
+    config.model = "tiny"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 2, "exchange": "auto"})
+    config.evaluate.update({"height": 32, "width": 32, "num_frames": 5})
+    changes = {"target": 1, "objective": "mse", "optimizer": "adamw", "remat": "none"}
+    config.transfer.update({"batch_size": 2, **changes})
+    return config
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch, capsys):
+    """plan("v5e:2x2", "--config.x=y", ...) -> (exit code, stdout, stderr) of train.py --plan.
+
+    One layer of two heads; that nothing is written is checked.
+    """
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48, "text_dim": 24}
+    tiny = replace(registry.wan_digits(), transformer=WanConfig(num_layers=1, freq_dim=32, **sizes))
+    monkeypatch.setitem(registry.MODELS, "tiny", lambda: tiny)
+    (tmp_path / "config.py").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+
+    def plan(machine, *flags, config="config.py"):
+        code = train.main(["train.py", f"--config={config}", f"--plan={machine}", *flags])
+        written = [path.name for path in tmp_path.rglob("*") if "__pycache__" not in path.parts]
+        assert written == ["config.py"]
+        return code, *capsys.readouterr()
+
+    return plan
+
+
+def test_plan_for_a_slice_that_is_not_here(plan):
+    code, out, err = plan("v5e:2x2")
+    assert (code, err) == (0, "")
+    for words in (
+        "tiny, 32 x 32 x 5: 8 tokens; 1 of 1 layers linear",
+        "machine: v5e:2x2, 4 x v5e; mesh data:2, fsdp:1, context:2, exchange ulysses",
+        "of 15.8: fits",
+        "largest batch that fits",
+        "all-to-all                4 calls",  # q, k, v and the output, of the layer
+        "time: a model, not a measurement",
+        "collection: 4,096 videos of 50 guided steps",
+    ):
+        assert words in out
+
+
+def test_plan_for_gpus_that_are_not_here(plan):
+    """In a process of its own, with as many CPU devices."""
+    code, out, _ = plan("h100:4", "--config.model=wan_digits", "--config.transfer.target=1")
+    assert code == 0 and "machine: h100:4, 4 x h100; mesh data:2" in out
+    assert "peak (formula)" in out and "peak (CPU compiler)" in out and "of 68.5: fits" in out
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "message"),
+    [
+        ("v9:4x4", (), "--plan=v9:4x4 names no chip that is known; choose v5e"),
+        ("v5p", (), "names no shape of a v5p slice, which has 3 sides: write v5p:4x4x4"),
+        ("v5p:4x4", (), "names no shape of a v5p slice"),
+        ("v5e:3x3", ("--config.mesh.context=1", "--config.transfer.batch_size=9"), "--plan=v5e:3x3 "
+         "is no slice that TPU's compiler knows"),
+        ("h100:0", (), "names no number of GPUs: write h100:8"),
+        ("h100:many", (), "names no number of GPUs"),
+        ("v5e:2x2", ("--config.mesh.context=3",), "does not divide the 4 devices"),
+        ("v5e:2x2", ("--config.mesh.data=4",), "the mesh data:4, fsdp:1, context:2 does not "
+         "multiply to the 4 devices"),
+        ("v5e:2x2", ("--config.transfer.batch_size=3",), "batches of 3 cannot be shared evenly"),
+        ("v5e:2x2", ("--config.mesh.context=4", "--config.mesh.exchange=ulysses"), "Ulysses shares "
+         "2 heads between context:4 devices"),
+        ("v5e:2x2", ("--config.model=wan3",), "model 'wan3' is unknown"),
+        ("v5e:2x2", ("--config.transfer.objective=magic",), "transfer.objective is 'magic'"),
+    ],
+)  # fmt: skip
+def test_bad_input(plan, machine, flags, message):
+    code, out, err = plan(machine, *flags)
+    assert (code, out) == (2, "")
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_configuration_without_a_transfer_stage(plan):
+    root = Path(train.__file__).parent
+    code, _, err = plan("v5e:2x2", config=root / "configs/digits_pretrain.py")
+    assert code == 2 and "has no transfer stage, and only that is planned" in err
+
+
+def test_what_does_not_fit_says_what_to_change(plan, monkeypatch):
+    """A chip of half a kilobyte, and a program that the compiler refused."""
+    made = Compiled(2, Held(100, 200, 0, 50, 10), 900, None, None, "", 1.0)
+    monkeypatch.setattr(planned, "compile_update", lambda *given: made)
+    monkeypatch.setitem(chips.CHIPS, "v5e", replace(chips.CHIPS["v5e"], hbm=512))
+    code, out, _ = plan("v5e:2x2", "--config.transfer.remat=products")
+    assert code == 1 and "DOES NOT FIT" in out
+    assert "Change one of: --config.transfer.remat=full" in out
+    assert "not known: the compiler refused the program" in out
+    monkeypatch.setitem(chips.CHIPS, "v5e", replace(chips.CHIPS["v5e"], hbm=256))
+    code, out, _ = plan("v5e:2x2")
+    assert code == 1 and "weights, optimiser and teacher alone" in out
+
+
+def test_largest_batch_lies_on_the_line_through_two(plan, monkeypatch):
+    nothing = collectives.Communication((), 0)
+
+    def compiled(config, mesh, platform, batch_size):
+        held = Held(100, 200, 0, 50, 0)
+        return Compiled(batch_size, held, 400 + 10 * batch_size, nothing, nothing, "", 1.0)
+
+    monkeypatch.setattr(planned, "compile_update", compiled)
+    monkeypatch.setitem(chips.CHIPS, "v5e", replace(chips.CHIPS["v5e"], hbm=512))
+    code, out, _ = plan("v5e:2x2")
+    assert code == 0 and "largest batch that fits: about 10 (a line through batches 2 and 4)" in out
+    code, out, _ = plan("v5e:2x2", "--config.transfer.batch_size=24")
+    assert code == 1 and "--config.transfer.accumulate=3; --config.transfer.batch_size=10" in out
+
+
+def test_without_the_compiler_of_tpus(plan, monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install -e ".[tpu]"' in plan("v5e:2x2")[2]
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+         "hbm. Used 24.50G of 15.75G hbm. Exceeded hbm capacity by 8.75G.", 24.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (25.00G) exceeds available HBM (15.75G).", 25 * 2**30),
+        ("INTERNAL: something else", None),
+    ],
+)  # fmt: skip
+def test_what_a_refused_program_needs(message, wanted):
+    assert refused(message) == wanted
+
+
+@pytest.mark.parametrize("name", ["wan1_3b", "wan14b", "smoke"])
+def test_configurations_have_every_field_of_the_first_one(name):
+    """Stages read fields that configs/digits.py has: a new one there has to come here, too."""
+    whole = config_files.load("configs/digits.py")
+    config = config_files.load(f"configs/{name}.py")
+    for group in ("collect", "transfer", "evaluate"):
+        if name != "smoke" or group != "evaluate":
+            assert set(whole[group]) <= set(config[group])
+    assert {"data", "fsdp", "context"} <= set(config.mesh)

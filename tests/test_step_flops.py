@@ -74,7 +74,7 @@ fused.defvjp(_forward, _backward)
 
 @pytest.fixture
 def planned(monkeypatch):
-    """planned(objective=, remat=) -> (config, problem, recipe, mesh) of 3 layers, 1,008 tokens."""
+    """planned(objective=, remat=) -> (config, problem, recipe, mesh): 3 layers, 1,008 tokens."""
     models = registry.wan_digits()
     tiny = registry.ModelSizes(WanConfig(num_layers=3, **SIZES), models.vae, models.text_encoder)
     monkeypatch.setitem(registry.MODELS, "tiny", lambda: tiny)

@@ -110,6 +110,8 @@ def update(recipe: Recipe, size: Size, layers: Layers, batch: int) -> Work:
             # Each step of the rollout is computed again before its gradient.
             again = Work(recomputed=run.forward)
             sample = recipe.rollout_steps * (train + again) + 2 * ask + critic
+    if recipe.velocity == "teacher" and recipe.objective != "own_points":
+        sample += ask  # of the velocities that are not stored
     return batch * sample
 
 

@@ -1,4 +1,4 @@
-"""What to change where an update does not fit, or wastes what is there."""
+"""What to change where an update does not fit."""
 
 from linvideo_jax.plan.chips import GIB
 from linvideo_jax.plan.planned import Plan
@@ -20,17 +20,13 @@ def changes(plan: Plan) -> list[str]:
         found.append(f"--config.transfer.batch_size={largest}")
     if transfer.remat in ("none", "products"):
         found.append("--config.transfer.remat=full")
-    if sizes["data"] > 1:
-        name = (
-            "context"
-            if plan.recipe.student.num_attention_heads % (2 * sizes["context"]) == 0
-            else "fsdp"
+    fsdp, batch = sizes["fsdp"], transfer.batch_size
+    if fsdp % 2 == batch % 2 == 0:
+        found.append(
+            f"--config.mesh.fsdp={fsdp // 2} --config.mesh.context={2 * sizes['context']} "
+            f"--config.transfer.batch_size={batch // 2} (half the samples, each on twice the chips)"
         )
-        found.append(f"--config.mesh.{name}={2 * sizes[name]}")
-    found.append(
-        f"more chips, with --config.mesh.context={2 * sizes['context']} or "
-        f"--config.mesh.fsdp={2 * sizes['fsdp']}"
-    )
+    found.append(f"more chips, such as with --config.mesh.context={2 * sizes['context']}")
     return found
 
 

@@ -1,5 +1,6 @@
 """What a chip can do, from its maker's data sheets, and the machines that --plan names."""
 
+import importlib.util
 import math
 import os
 import re
@@ -116,14 +117,12 @@ def here() -> Machine:
 
 def tpu_devices(machine: Machine) -> list:
     """Its chips as libtpu describes them; UserError if libtpu is not here or has no such slice."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f'--plan={machine.text} needs TPU\'s compiler: pip install -e ".[tpu]".')
     try:
         return tpu_chips(machine.text)
     except Exception as error:  # whatever libtpu raises
         reason = str(error).split("\n")[0].rstrip(".")
-        if "libtpu" in reason.lower():
-            raise UserError(
-                f'--plan={machine.text} needs TPU\'s compiler: pip install -e ".[tpu]" ({reason}).'
-            ) from None
         raise UserError(
             f"--plan={machine.text} is no slice that TPU's compiler knows ({reason}): choose "
             f"another, such as {EXAMPLES}."

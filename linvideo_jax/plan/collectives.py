@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from linvideo_jax.plan import hlo
@@ -140,8 +140,3 @@ def _group(attributes: str, num_devices: int) -> int:
         return len(match[1].split(","))
     # A permutation names pairs: no group, and each sends what it holds.
     return num_devices
-
-
-def total(parts: Iterable[Communication]) -> float:
-    """Bytes that a chip sends in all of them."""
-    return sum(one.sent for one in parts)

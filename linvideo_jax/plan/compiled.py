@@ -80,15 +80,15 @@ def compile_update(config, mesh: Mesh, platform: str, batch_size: int) -> Compil
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            peak = _refused(str(error))
+            peak = refused(str(error))
             if peak is None:
                 raise
             return Compiled(batch_size, held, peak, None, None, "", time.time() - began)
-    text = program.as_text()
+    text, memory = program.as_text(), program.memory_analysis()
     return Compiled(
         batch_size,
         held,
-        _peak(program.memory_analysis()),
+        memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         collectives.count(text, mesh.size, (0, 0, 1)),
         collectives.count(text, mesh.size, _shares(config, recipe)),
         _kernels(text),
@@ -126,13 +126,7 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def _peak(memory: Any) -> int:
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program = memory.generated_code_size_in_bytes
-    return memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes + program
-
-
-def _refused(message: str) -> int | None:
+def refused(message: str) -> int | None:
     """Bytes that a program needs which the compiler refused for that; None for another error."""
     for pattern in _TOO_LARGE:
         if match := pattern.search(message):

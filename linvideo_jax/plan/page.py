@@ -1,5 +1,6 @@
 """A plan as text for a terminal."""
 
+from linvideo_jax.data.trajectories import FIELDS
 from linvideo_jax.metrics import step_flops
 from linvideo_jax.parallel.layout import MeshLayout
 from linvideo_jax.plan import advice
@@ -8,8 +9,8 @@ from linvideo_jax.plan.planned import USABLE, Plan
 from linvideo_jax.plan.times import Range
 
 _HOUR, _DAY = 3600, 86_400
-_VELOCITIES = {"both": 3, "cond": 2, "none": 1}  # arrays of a stored pair
-H100 = 989e12 * 0.58  # FLOP/s, of a dense prototype that collected for 14 and 308 hours
+# FLOP/s at which a dense prototype collected, in 14 and 308 hours of an H100.
+H100 = 0.58 * 989e12
 
 
 def text(plan: Plan) -> str:
@@ -71,7 +72,7 @@ def _memory(plan: Plan) -> str:
             "which widens bfloat16 and fuses less, for comparison"
         )
     lines = [f"memory of one chip, GiB ({source}):"]
-    lines += [f"  {name:<26}{count / GIB:8.2f}" for name, count in rows]
+    lines += [f"  {name:<26}{_number(count / GIB):>8}" for name, count in rows]
     lines.append(f"  of {limit:.1f}: {verdict}")
     if plan.largest_batch:
         lines.append(
@@ -88,12 +89,12 @@ def _work(plan: Plan) -> str:
         names, (plan.steps.warmup, plan.steps.mixed, plan.steps.rounded), strict=True
     ):
         lines.append(
-            f"  {name:<16}{work.model / 1e12:12,.0f}   and {work.recomputed / 1e12:,.0f} computed "
-            f"again; {work.total / 1e12 / plan.machine.num_chips:,.1f} a chip"
+            f"  {name:<16}{_number(work.model / 1e12):>9} and {_number(work.recomputed / 1e12)} "
+            f"computed again; {_number(work.total / 1e12 / plan.machine.num_chips)} a chip"
         )
     if plan.recipe.optimizer == "muon":
-        muon = step_flops.muon(plan.recipe.student) / 1e12
-        lines.append(f"  Muon's orthogonalisation adds {muon:,.0f} a step, whatever the batch")
+        muon = _number(step_flops.muon(plan.recipe.student) / 1e12)
+        lines.append(f"  Muon's orthogonalisation adds {muon} a step, whatever the batch")
     return "\n".join(lines)
 
 
@@ -103,7 +104,7 @@ def _communication(plan: Plan) -> str:
         if part is None:
             return lines[0] + "\n  not known: the compiler refused the program"
         for kind, (calls, sent) in part.by_kind().items():
-            lines.append(f"  {name:<9}{kind:<20}{calls:9,.0f} calls {sent / GIB:9.3f} GiB")
+            lines.append(f"  {name:<9}{kind:<20}{calls:7,.0f} calls {_number(sent / GIB):>9} GiB")
         if not part.by_kind():
             lines.append(f"  {name:<9}nothing")
         if part.unknown_loops:
@@ -134,17 +135,21 @@ def _collection(plan: Plan) -> str:
     sampling, collect = plan.given.sampling, plan.config.collect
     steps = sampling["num_inference_steps"]
     frames, height, width, channels = plan.given.latent_shape
-    arrays = _VELOCITIES[collect.get("store_velocity", "both")]
+    arrays = len(FIELDS[collect.store_velocity]) if collect.mode == "stored" else 0
     stored = collect.num_videos * steps * arrays * 2 * frames * height * width * channels
     work = plan.collection.total
     lines = [
         f"collection: {collect.num_videos:,} videos of {steps} guided steps, "
-        f"{work / 1e18:,.1f} EFLOP, about {work / H100 / _HOUR:,.0f} H100-hours; "
-        f"{stored / 1e9:,.0f} GB stored",
+        f"{_number(work / 1e18)} EFLOP, about {_number(work / H100 / _HOUR)} H100-hours; "
+        f"{_number(stored / 1e9)} GB stored",
     ]
     if plan.machine.chip.flops:
         lines.append(f"  on this machine {_long(plan.collection_seconds)} (model, as above)")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _seconds(value: Range) -> str:
@@ -154,4 +159,4 @@ def _seconds(value: Range) -> str:
 def _long(value: Range) -> str:
     if value[1] >= 2 * _DAY:
         return f"{value[0] / _DAY:.1f} to {value[1] / _DAY:.1f} days"
-    return f"{value[0] / _HOUR:.1f} to {value[1] / _HOUR:.1f} hours"
+    return f"{value[0] / _HOUR:.2g} to {value[1] / _HOUR:.2g} hours"

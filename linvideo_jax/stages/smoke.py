@@ -20,6 +20,7 @@ from linvideo_jax.metrics import step_flops
 from linvideo_jax.metrics.step_flops import Layers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import init
+from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.placement import Placement
 from linvideo_jax.plan import chips
@@ -31,17 +32,26 @@ GIB = chips.GIB
 
 def run(config, workdir: Path | None = None) -> None:
     """Makes `config.smoke.num_steps` updates and prints what they took; writes nothing."""
-    sizes = meshes.resolve(meshes.of_config(config), jax.device_count())
-    parts = sizes["data"] * sizes["fsdp"] * config.transfer.accumulate
-    config = config.copy_and_resolve_references()
-    config.transfer.batch_size = config.smoke.samples * parts
-    measured = measure(config, config.smoke.num_steps)
+    for name in ("num_steps", "samples"):
+        if config.smoke[name] < 1:
+            raise UserError(f"smoke.{name} is {config.smoke[name]}: choose 1 or more.")
+    measured = measure(with_batch(config), config.smoke.num_steps)
     if not np.isfinite(measured["losses"]).all():
         raise UserError(
             f"the losses of random weights are {measured['losses']}: this machine or its JAX does "
             "not compute right; try --config.dtype=float32 to see more."
         )
-    print(page(measured))
+    if hosts.is_first():
+        print(page(measured))
+
+
+def with_batch(config):
+    """The configuration with `smoke.samples` for every part of the batch on all devices."""
+    sizes = meshes.resolve(meshes.of_config(config), jax.device_count())
+    parts = sizes["data"] * sizes["fsdp"] * config.transfer.accumulate
+    config = config.copy_and_resolve_references()
+    config.transfer.batch_size = config.smoke.samples * parts
+    return config
 
 
 def measure(config, num_steps: int, say: Callable[[str], None] = print) -> dict[str, Any]:
