@@ -107,8 +107,8 @@ class States:
         onwards = f"goes on from step {max(there)}" if there else "begins anew"
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         return UserError(
-            f"a state could not be saved in {self.folder} ({reason[:200]}): make room if the disk is "
-            f"full; the same command then {onwards}."
+            f"a state could not be saved in {self.folder} ({reason[:200]}): make room if the disk "
+            f"is full; the same command then {onwards}."
         )
 
     def restore(self, step: int) -> tuple[Any, Any]:
