@@ -43,7 +43,8 @@ def train(argv: Sequence[str]) -> None:
     if stages.needs_workdir(config):
         command_line.required(given, "workdir")
         folders.check_writable(Path(given["workdir"]), "--workdir")
-    hosts.start(hosts.card({"workdir": given["workdir"], "config": config.to_dict()}))
+    card = hosts.card({"workdir": given["workdir"], "config": config.to_dict()})
+    hosts.start(card, config.get("mesh") or {})
     logging.set_verbosity(logging.WARNING)
     compiled_programs.keep_on_disk()
     run = sweep.run if config.get("sweep") else stages.run

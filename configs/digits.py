@@ -15,6 +15,14 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.stages = ("collect", "transfer", "evaluate")
 
+    config.mesh = mesh = ConfigDict()  # sizes of the axes; -1: what the others leave
+    mesh.data = -1
+    mesh.fsdp = 1
+    mesh.context = 1
+    mesh.exchange = "auto"  # of softmax layers over context: ulysses or ring
+    mesh.start_seconds = 300.0  # that all hosts may take to come
+    mesh.silent_seconds = 60.0  # after which a host without a sign of life counts as lost
+
     config.collect = collect = ConfigDict()
     # stored: pairs are made before the transfer and kept in `folder`, which runs may share ("": one
     # of this run's); online: the teacher makes them during it, and nothing is kept.

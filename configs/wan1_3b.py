@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     # each has samples of its own. On more chips than samples let `context` share the tokens of a
     # video (docs/pods.md); exchange: between softmax layers, auto, ulysses or ring.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "exchange": "auto"})
+    config.mesh.start_seconds = 300.0  # ours: that all hosts may take to come
+    config.mesh.silent_seconds = 60.0  # ours: after so long without a sign of life a host is lost
 
     config.collect = collect = ConfigDict()
     collect.mode = "stored"  # paper

@@ -390,11 +390,10 @@ class Pipeline:
     ) -> UInt8[np.ndarray, "videos frames height width 3"]:
         """Pixels of the transformer's latents; `tiling`: by tiles, in less memory (`vae_tiles`)."""
         config = self.checkpoint.vae_config
-        vae = bind(WanVAE, config, self._turns.params("vae"))
+        params = self._turns.params("vae")
         latents = denormalize(jnp.asarray(latents), config)
         if self._placement and not tiling:
-            videos, _, height, width, _ = latents.shape
-            parts = pictures.sharding(self._placement.mesh, videos, height, width)
-            latents = jax.device_put(latents, parts)
+            latents, params = pictures.placed(latents, params, self._placement.mesh)
+        vae = bind(WanVAE, config, params)
         video = decode_tiles(vae, latents) if tiling else vae.decode_chunks(latents)
         return np.asarray(jnp.round((video + 1) * 127.5).astype(jnp.uint8))

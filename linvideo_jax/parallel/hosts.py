@@ -28,6 +28,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.parallel import rendezvous
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+START_SECONDS, SILENT_SECONDS = 300.0, 60.0
 LOST = 3  # exit code when another host is gone
 _DAY = 24 * 60 * 60 * 1000  # ms; a host that is slow, not silent, is waited for
 _ALIVE, _LEFT = "linvideo/alive", "linvideo/left"
@@ -120,17 +121,20 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value if isinstance(value, bool | int | float) else str(value)
 
 
-def start(own: rendezvous.Card, seconds: float = 300.0, silence: float = 60.0) -> bool:
+def start(own: rendezvous.Card, settings: Mapping[str, Any]) -> bool:
     """Connects the hosts, if there are several; call it before JAX is asked for anything.
 
-    own: this host's `card`; seconds: how long all may take to come; silence: how long a host may be
-    silent before the others end with a sentence. Returns whether there are several.
+    own: this host's `card`. settings: `config.mesh`, of which `start_seconds` (300) is how long all
+    may take to come, and `silent_seconds` (60) how long a host may be silent before the others end
+    with a sentence. Returns whether there are several.
 
     UserError, the same on every host, if one does not come or differs.
     """
     place = find()
     if place is None:
         return False
+    seconds = float(settings.get("start_seconds", START_SECONDS))
+    silence = float(settings.get("silent_seconds", SILENT_SECONDS))
     rendezvous.meet(own, place.address, place.process, place.num_processes, seconds)
     _end_with_a_sentence()
     jax.distributed.initialize(
