@@ -11,7 +11,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel import mesh as meshes
 
-SHARED = ("collect", "transfer", "smoke")
+SHARED = ("collect", "transfer", "distill", "smoke")
 STAGES = ("pretrain", "collect", "profile", "transfer", "distill", "evaluate", "smoke")
 
 
