@@ -51,6 +51,9 @@ def get_config() -> ConfigDict:
     transfer.target = 16  # paper, of 30
     transfer.selection = "selective"  # paper
     transfer.layers = ()
+    transfer.feature_map = "hedgehog"  # paper
+    transfer.rounding = "target"  # ours: the smallest `target` scores, whatever their values
+    transfer.velocities = "branch"  # ours: of the prompt or of the negative prompt, as digits.py
     transfer.selection_seed = 0
     transfer.objective = "adm"  # paper
     transfer.num_steps = 3000  # paper
@@ -114,4 +117,6 @@ def get_config() -> ConfigDict:
     evaluate.num_shown = 4
     evaluate.others = ConfigDict()
     evaluate.others_before = False
+    evaluate.own_before = False  # the untrained student's videos are noise
+    evaluate.shared = ""
     return config
