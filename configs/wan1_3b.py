@@ -117,6 +117,6 @@ def get_config() -> ConfigDict:
     evaluate.num_shown = 4
     evaluate.others = ConfigDict()
     evaluate.others_before = False
-    evaluate.own_before = False  # the untrained student's videos are noise
+    evaluate.own_before = False  # ours: two models to sample instead of three
     evaluate.shared = ""
     return config
