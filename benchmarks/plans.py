@@ -44,6 +44,7 @@ def row(plan: Plan) -> dict[str, Any]:
         "peak": plan.peak,
         "limit": plan.limit,
         "by_formula": plan.formula is not None,
+        "formula": sum(plan.estimate.values()),
         "fits": plan.fits,
         "largest_batch": plan.largest_batch,
         "flops": plan.steps.mixed.total / plan.machine.num_chips,

@@ -14,7 +14,7 @@ from kernels.ahead_of_time import tpu_chips
 from linvideo_jax import config_files
 from linvideo_jax.models import registry
 from linvideo_jax.models.wan_config import WanConfig
-from linvideo_jax.plan import chips, collectives, hlo, planned
+from linvideo_jax.plan import chips, collectives, hlo, planned, simulated
 from linvideo_jax.plan.collectives import Collective
 from linvideo_jax.plan.compiled import Compiled, Held, refused
 
@@ -28,29 +28,35 @@ PROGRAM = """HloModule jit_f, num_partitions=8
 
 %start (p: bf16[1,64]) -> (bf16[1,64], bf16[1,256]) {
   %p = bf16[1,64]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[1,256]{1,0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={1}
+  %all-gather.1 = bf16[1,256]{1,0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
   ROOT %pair = (bf16[1,64]{1,0}, bf16[1,256]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %done (q: bf16[1,64]) -> bf16[1,256] {
   %q = bf16[1,64]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[1,256]{1,0} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={1}
+  ROOT %all-gather.2 = bf16[1,256]{1,0} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"15"}}
+}
+
+%all-reduce-scatter.3 (d: f32[128]) -> f32[32] {
+  %d = f32[128]{0} parameter(0)
+  %whole = f32[128]{0} all-reduce(%d), channel_id=1, replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%add
+  ROOT %part = f32[32]{0} dynamic-slice(%whole), dynamic_slice_sizes={32}
 }
 
 %softmax (a: f32[128]) -> f32[128] {
   %a = f32[128]{0} parameter(0)
-  ROOT %ring = f32[128]{0} collective-permute(%a), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  ROOT %ring = f32[128]{0} collective-permute(%a), channel_id=1, source_target_pairs={{0,1},{1,0}}
 }
 
 %linear (b: f32[128]) -> f32[128] {
   %b = f32[128]{0} parameter(0)
-  ROOT %state = f32[128]{0} all-reduce(%b), channel_id=9, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %state = f32[128]{0} all-reduce(%b), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
 }
 
 %mix (c: f32[128]) -> f32[128] {
   %c = f32[128]{0} parameter(0)
-  %one = f32[128]{0} collective-permute(%c), channel_id=10, source_target_pairs={{0,1},{1,0}}
-  ROOT %two = f32[128]{0} all-reduce(%one), channel_id=11, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %one = f32[128]{0} collective-permute(%c), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  ROOT %two = f32[128]{0} all-reduce(%one), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
 }
 
 %body (arg: (s32[], f32[128])) -> (s32[], f32[128]) {
@@ -81,6 +87,7 @@ ENTRY %main (x.1: f32[128]) -> f32[128] {
   %s = f32[16]{0} reduce-scatter(%out), channel_id=1, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%add
   %t-start = (f32[16]{0}, f32[64]{0}) all-gather-start(%s), channel_id=2, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   %t = f32[64]{0} all-gather-done(%t-start)
+  %v = f32[32]{0} fusion(%out), kind=kCustom, calls=%all-reduce-scatter.3
   %nothing = f32[64]{0} all-reduce(%t), channel_id=3, replica_groups=[8,1]<=[8], to_apply=%add
   ROOT %u = f32[128]{0} all-to-all(%out), channel_id=4, replica_groups=[1,8]<=[8], dimensions={0}
 }
@@ -101,6 +108,7 @@ def test_collectives_of_a_program_text():
         Collective("all-to-all", 512, 512, 8, 1),
         Collective("collective-permute", 512, 512, 8, 6),
         Collective("reduce-scatter", 512, 64, 8, 1),
+        Collective("reduce-scatter", 512, 512, 4, 1),  # an all-reduce and a slice, by name
     ]
     sent = {kind: bytes_sent for kind, (_, bytes_sent) in found.by_kind().items()}
     assert sent == {
@@ -108,7 +116,7 @@ def test_collectives_of_a_program_text():
         "all-reduce": 6 * 2 * 0.5 * 512,
         "all-to-all": 7 / 8 * 512,
         "collective-permute": 6 * 512,
-        "reduce-scatter": 7 / 8 * 512,
+        "reduce-scatter": 7 / 8 * 512 + 3 / 4 * 512,
     }
     assert found.sent == sum(sent.values())
 
@@ -228,11 +236,23 @@ def test_plan_for_a_slice_that_is_not_here(plan):
         assert words in out
 
 
-def test_plan_for_gpus_that_are_not_here(plan):
-    """In a process of its own, with as many CPU devices."""
-    code, out, _ = plan("h100:4", "--config.model=wan_digits", "--config.transfer.target=1")
+def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.replace('"tiny"', '"wan_digits"'))
+    config = config_files.load(str(tmp_path / "config.py"))
+    (made,) = simulated.compile_updates(config, 2, (2,))
+    assert made.batch_size == 2 and made.peak > made.held.total > 0
+    assert made.mixed.by_kind()["all-to-all"][0] > made.rounded.by_kind()["all-to-all"][0] > 0
+
+
+def test_plan_for_gpus_that_are_not_here(plan, monkeypatch):
+    nothing = collectives.Communication((), 0)
+    made = Compiled(2, Held(100, 200, 0, 50, 0), 900, nothing, nothing, "", 1.0)
+    more = replace(made, batch_size=4)
+    monkeypatch.setattr(simulated, "compile_updates", lambda config, count, batches: [made, more])
+    code, out, _ = plan("h100:4")
     assert code == 0 and "machine: h100:4, 4 x h100; mesh data:2" in out
     assert "peak (formula)" in out and "peak (CPU compiler)" in out and "of 68.5: fits" in out
+    assert "largest batch" not in out  # the two are alike
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from linvideo_jax.plan import hlo
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+# A TPU's asynchronous collective stands in several fusions: its start, with -1 here, its steps
+# beside other work, and its end.
+_LATER_PART = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1")')
 
 
 @dataclass(frozen=True)
@@ -67,25 +70,28 @@ def count(text: str, num_devices: int, branches: Sequence[float] | None = None) 
     unknown = []
 
     def walk(name: str) -> list[Collective]:
-        computation = program.computations[name]
-        # An asynchronous collective may stand in several fusions of one computation: its start,
-        # its steps beside other work, and its end. All have one channel.
-        found: dict[str, Collective] = {}
-        others: list[Collective] = []
+        computation, found = program.computations[name], []
         for instruction in computation.values():
-            if instruction.operation == "while":
-                trips = hlo.trip_count(program, computation, instruction)
-                if trips is None:
-                    unknown.append(instruction.name)
-                inside = walk(instruction.called("body")[0])
-                others += [replace(one, times=one.times * (trips or 1)) for one in inside]
-            elif instruction.operation == "conditional":
-                others += branch(instruction)
-            elif instruction.operation == "call":
-                others += walk(instruction.called("to_apply")[0])
-            else:
-                found |= channels(program, computation, instruction)
-        return [*found.values(), *others]
+            match instruction.operation:
+                case "while":
+                    trips = hlo.trip_count(program, computation, instruction)
+                    if trips is None:
+                        unknown.append(instruction.name)
+                    inside = walk(instruction.called("body")[0])
+                    found += [replace(one, times=one.times * (trips or 1)) for one in inside]
+                case "conditional":
+                    found += branch(instruction)
+                case "call":
+                    found += walk(instruction.called("to_apply")[0])
+                case "fusion" | "async-start":
+                    called = instruction.called("calls")[0]
+                    inside = walk(called)
+                    if called.startswith("all-reduce-scatter"):  # how a TPU's program writes it
+                        inside = [replace(one, kind="reduce-scatter") for one in inside]
+                    found += inside
+                case _:
+                    found += one_instruction(computation, instruction)
+        return found
 
     def branch(instruction: hlo.Instruction) -> list[Collective]:
         names = instruction.called("branch_computations") or [
@@ -102,27 +108,16 @@ def count(text: str, num_devices: int, branches: Sequence[float] | None = None) 
             if weight
         ]
 
-    def channels(program, computation, instruction) -> Mapping[str, Collective]:
-        if instruction.operation in ("fusion", "async-start"):
-            called = instruction.called("calls")[0]
-            inner, found = program.computations[called], {}
-            for one in inner.values():
-                found |= channels(program, inner, one)
-            if called.startswith("all-reduce-scatter"):  # how a TPU's program writes it
-                found = {k: replace(one, kind="reduce-scatter") for k, one in found.items()}
-            return found
+    def one_instruction(computation, instruction) -> list[Collective]:
         kind = instruction.operation.removesuffix("-start")
-        if kind not in KINDS:
-            return {}
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        key = channel[1] if channel else f"{id(computation)} {instruction.name}"
+        if kind not in KINDS or _LATER_PART.search(instruction.attributes):
+            return []
         operands = (computation.get(name) for name in instruction.operand_names)
         operand = sum(hlo.shape_bytes(one.shape) for one in operands if one is not None)
         result = hlo.shape_bytes(instruction.shape)
         if instruction.operation.endswith("-start") and kind != "all-reduce":
             result = max(hlo.array_bytes(instruction.shape))  # the tuple holds the operand too
-        group = _group(instruction.attributes, num_devices)
-        return {key: Collective(kind, operand, result, group, 1.0)}
+        return [Collective(kind, operand, result, _group(instruction.attributes, num_devices), 1.0)]
 
     collectives = walk(program.entry)
     return Communication(tuple(one for one in collectives if one.group > 1), len(unknown))

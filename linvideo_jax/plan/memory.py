@@ -13,9 +13,10 @@ _FLOAT32, _BFLOAT16 = 4, 2
 def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held) -> dict:
     """Bytes at the busiest moment, the backward pass, by name; attention without stored logits.
 
-    gradients: float32, shared as the weights are. copies: both
-    networks in the dtype of the products. layers: two gathered ones, and the gradient of one.
-    kept: what the backward pass keeps of every layer. working: one layer's own arrays.
+    new: weights and moments after the step, beside the old ones. gradients: float32, shared as the
+    weights are. copies: both networks in the dtype of the products. layers: two gathered ones, and
+    the gradient of one. kept: what the backward pass keeps of every layer. working: one layer's own
+    arrays, whose count was set by what TPU's compiler needs for both Wan models (docs/pods.md).
     """
     config = recipe.student
     dim, ffn, layers = config.dim, config.ffn_dim, config.num_layers
@@ -28,11 +29,11 @@ def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held) -> dict:
     logits = config.num_attention_heads * given.size.text_tokens
     return {
         "held": held.total,
+        "new": held.parameters + held.optimiser,
         "gradients": held.parameters,
         "copies": (held.parameters + held.teacher) // 2 if recipe.dtype.itemsize == 2 else 0,
         "layers": 3 * layer,
         "kept": layers * tokens * (kept + _BFLOAT16 * products),
-        # Normed and modulated states, q, k, v in both dtypes and their gradients; the hidden layer
-        # of the feed-forward, its GELU and gradients; the logits of the text and their gradient.
-        "working": tokens * (16 * _FLOAT32 * dim + 6 * _BFLOAT16 * ffn + 2 * _FLOAT32 * logits),
+        # States and their gradients; the hidden layer of the feed-forward; the text's logits.
+        "working": tokens * (8 * _FLOAT32 * dim + 4 * _BFLOAT16 * ffn + _FLOAT32 * logits),
     }

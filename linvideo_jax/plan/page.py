@@ -61,10 +61,7 @@ def _memory(plan: Plan) -> str:
         rows.append(("peak", chosen.peak))
         source = "weights to batch from shapes, peak from the compiler"
     else:
-        names = {"gradients", "copies", "layers", "kept", "working"}
-        rows += [
-            (f"{name} (formula)", plan.formula[name]) for name in plan.formula if name in names
-        ]
+        rows += [(f"{k} (formula)", count) for k, count in plan.formula.items() if k != "held"]
         rows.append(("peak (formula)", plan.peak))
         rows.append(("peak (CPU compiler)", chosen.peak))
         source = (

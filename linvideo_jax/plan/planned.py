@@ -29,8 +29,9 @@ class Plan:
     """All that the page tells.
 
     sizes: of the mesh's axes. chosen: the compilation at the configuration's batch size, other: at
-    another one, None if it was of no use. formula: bytes by name where memory is estimated, too.
-    unit: samples of the smallest batch of which every chip has a part.
+    another one, None if it was of no use. estimate: bytes by name, by `memory.estimate`, which
+    stands for the compiler's where that is not here (`formula`). unit: samples of the smallest
+    batch of which every chip has a part.
     """
 
     config: Any
@@ -40,10 +41,16 @@ class Plan:
     sizes: dict[str, int]
     chosen: Compiled
     other: Compiled | None
-    formula: dict[str, int] | None
+    estimate: dict[str, int]
     steps: Steps
     collection: Work
     unit: int
+
+    @property
+    def formula(self) -> dict[str, int] | None:
+        """The estimate, for a machine whose compiler is not here; else None."""
+        known = self.machine.is_tpu or self.machine.text == "here"
+        return None if known else self.estimate
 
     @property
     def limit(self) -> float:
@@ -123,9 +130,6 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
     else:
         say(f"compiling the update for {machine.num_chips} simulated devices ...")
         chosen, other = simulated.compile_updates(config, machine.num_chips, batches)
-    formula = None
-    if not machine.is_tpu and text != "here":
-        formula = memory.estimate(recipe, given, mesh, chosen.held)
     return Plan(
         config,
         machine,
@@ -134,7 +138,7 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
         sizes,
         chosen,
         other,
-        formula,
+        memory.estimate(recipe, given, mesh, chosen.held),
         times.steps(config, recipe, given),
         times.collection(config, recipe, given),
         unit,
