@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -336,3 +339,17 @@ def others(ours, tmp_path_factory):
         made = checkpoints.make_config(sizes, whole.vae_config, whole.umt5_config)
         found[name] = save_like(whole, folder / name, config=made, transformer=zeros)
     return found
+
+
+def test_a_mesh_of_four_devices_trains_alike(tmp_path):
+    """Weights and tokens shared: the same losses and gradients as on one device, in float32."""
+    path = Path(__file__).with_name("distill_cases.py")
+    words = [sys.executable, str(path), str(tmp_path / "out.json")]
+    root = str(path.parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (single, _), (shared, lies) = json.loads((tmp_path / "out.json").read_text())
+    assert lies, "the state is kept as the table of rules says"
+    np.testing.assert_allclose(shared[0], single[0], rtol=2e-4)
+    np.testing.assert_allclose(shared, single, rtol=2e-2)  # Adam's steps of dead weights are noise
