@@ -20,17 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import digits
-from linvideo_jax import command_line, loop
+from linvideo_jax import command_line, loop, rehearsal
 from linvideo_jax.errors import UserError
-from linvideo_jax.models import registry
 from linvideo_jax.models.module import shapes
-from linvideo_jax.models.wan import TEXT_TOKENS, WanTransformer
-from linvideo_jax.pipeline import latent_shape
+from linvideo_jax.models.wan import WanTransformer
+from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at, passes
-from linvideo_jax.transfer.samples import Batch
 
 NUMBERS = ("num_frames", "height", "width", "batch_size", "updates")
 FLAGS = {
@@ -83,34 +82,35 @@ def program(argv: Sequence[str]) -> None:
 
 def measured(changes, phase: str, given, numbers) -> dict[str, Any]:
     """A row: seconds of the timed updates, memory, and the passes that were counted."""
-    settings = digits.get_config().transfer
-    settings.update(batch_size=numbers["batch_size"], remat=given["remat"], **changes)
-    sizes = registry.sizes(given["model"])
-    size = (numbers[name] for name in ("height", "width", "num_frames"))
-    shape = latent_shape(sizes.transformer, sizes.vae, *size)
-    student = training.student_config(sizes.transformer)
-    grid = {"sigmas": np.linspace(1.0, 0.0, 51), "store_velocity": "both"}
-    recipe = Recipe.of(settings, student, sizes.transformer, "unipc", given["dtype"], **grid)
-    text = (TEXT_TOKENS, sizes.transformer.text_dim)
+    config = digits.get_config()
+    config.model, config.dtype = given["model"], given["dtype"]
+    size = {name: numbers[name] for name in ("height", "width", "num_frames")}
+    config.collect.sampling = ConfigDict(size | {"num_inference_steps": 50})
+    config.transfer.update(batch_size=numbers["batch_size"], remat=given["remat"], **changes)
+    problem = rehearsal.problem(config)
+    recipe = rehearsal.recipe(config, problem, meshes.make({}, jax.devices()[:1]))
     row = {"passes": passes(recipe)._asdict(), "forwards": recipe.forwards}
     try:
-        return row | timed(recipe, settings, phase, shape, text, numbers["updates"])
+        return row | timed(config, problem, recipe, phase, numbers["updates"])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return row | {"error": "out of memory"}
 
 
-def timed(recipe: Recipe, settings, phase: str, shape, text, updates: int) -> dict[str, Any]:
+def timed(
+    config, problem: rehearsal.Problem, recipe: Recipe, phase: str, updates: int
+) -> dict[str, Any]:
     """Seconds per update, compiled with the state's buffers given back."""
+    settings, sample = config.transfer, (problem.latent_shape, problem.text_shape)
     teacher = random_params(recipe.teacher)
     state = training.initial_state(settings, recipe.student, teacher)
-    state |= training.objectives_state(recipe, teacher, shape, text)
+    state |= training.objectives_state(recipe, teacher, *sample)
     if phase == "rounded":
         layers = recipe.student.num_layers
         state = selection.placed(state, tuple(range(round(LINEAR_SHARE * layers))))
     state = jax.tree.map(jnp.copy, state)  # the teacher's buffers must stay
-    batch = random_batch(recipe, shape, text)
+    batch = rehearsal.batch(config, recipe, problem, np.random.default_rng(0))
     knobs = knobs_at(settings, settings.warmup_steps, 1e-5, 5.0, phase == "mixed")
     update = jax.jit(training.update.__wrapped__, static_argnums=0, donate_argnums=1)
     began = time.perf_counter()
@@ -138,22 +138,6 @@ def random_params(config):
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = [0.02 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, drawn)
-
-
-def random_batch(recipe: Recipe, shape, text) -> Batch:
-    """Samples of noise, with those of the critic's updates where the recipe has them."""
-    rng = np.random.default_rng(0)
-
-    def draw(*more: int, stored: bool = True) -> Batch:
-        axes = (recipe.batch_size, *more)
-        x, u = (jnp.asarray(rng.normal(size=(*axes, *shape)), jnp.bfloat16) for _ in range(2))
-        full = np.full(axes, np.float32(0.5))
-        embedded = jnp.asarray(rng.normal(size=(*axes, *text)), jnp.float32)
-        lengths = np.full(axes, text[0], np.int32)
-        return Batch(x, u if stored else None, full, full - 0.02, embedded, lengths)
-
-    others = draw(recipe.score_updates, stored=False) if recipe.has_score_network else None
-    return draw()._replace(others=others)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """Real Wan2.1's sizes end to end on one GPU, with random weights.
 
 python benchmarks/full_size.py --folder=/dev/shm/wan --out=runs/full_size.json
-JAX_PLATFORMS=cpu python benchmarks/full_size.py --small --folder=/tmp/wan --out=/tmp/small.json
+JAX_PLATFORMS=cpu python benchmarks/full_size.py --small --folder=runs/small --out=runs/small.json
 
 Parts, each in a process of its own, measured once and written to --out at once:
 

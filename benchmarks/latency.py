@@ -2,7 +2,7 @@
 
 python benchmarks/latency.py --out=runs/latency.json
 python benchmarks/latency.py --out=runs/latency.json --scaling
-JAX_PLATFORMS=cpu python benchmarks/latency.py --small --out=/tmp/small.json
+JAX_PLATFORMS=cpu python benchmarks/latency.py --small --out=runs/small.json
 
 Each part is measured once, in a process of its own, and written to --out at once; the table is
 printed at the end, and written beside --out as .md and .svg. The parts:

@@ -1,7 +1,7 @@
 """An update of real size on the devices that are here, for each remat policy: time, memory, MFU.
 
 python benchmarks/wan_step.py --out=runs/wan_step.json
-JAX_PLATFORMS=cpu python benchmarks/wan_step.py --out=/tmp/step.json --model=wan_digits --batches=1
+JAX_PLATFORMS=cpu python benchmarks/wan_step.py --out=runs/step.json --model=wan_digits --batches=1
 
 Random weights, the model's own video size, ADM with every layer mixed, which is the costly part of
 a run. Each case is a process of its own, so that one which runs out of memory ends alone; its

@@ -9,6 +9,8 @@ Self-Forcing-Plus (self_forcing_14b_dmd.yaml: Wan2.1 with all frames at once, pr
 
 from ml_collections import ConfigDict
 
+from configs import wan1_3b
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -63,18 +65,5 @@ def get_config() -> ConfigDict:
     distill.sample_prompts = 2
     distill.profile_at = 0
 
-    config.evaluate = evaluate = ConfigDict()
-    evaluate.prompts = "assets/prompts.txt"
-    evaluate.num_prompts = 8
-    evaluate.seeds = (0,)
-    evaluate.height = 480
-    evaluate.width = 832
-    evaluate.num_frames = 81
-    evaluate.sampling = ConfigDict()  # of the teacher; the student's own, by its config.json
-    evaluate.batch_size = 1
-    evaluate.reads = "pixels"
-    evaluate.classifier = ""  # videos are compared with the teacher's
-    evaluate.num_shown = 4
-    evaluate.others = ConfigDict()
-    evaluate.others_before = False
+    config.evaluate = wan1_3b.get_config().evaluate  # the same videos, beside the teacher's
     return config

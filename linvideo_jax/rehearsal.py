@@ -25,6 +25,7 @@ from linvideo_jax.models.module import shapes
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel import rules
 from linvideo_jax.parallel.layout import layout_of
+from linvideo_jax.parallel.placement import exchange_of
 from linvideo_jax.transfer import training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at
 from linvideo_jax.transfer.samples import Draw
@@ -79,17 +80,16 @@ def problem(config) -> Problem:
 def recipe(config, given: Problem, mesh: Mesh | AbstractMesh) -> Recipe:
     """The recipe of stage transfer; UserError as `Recipe.of` and `layout_of`."""
     teacher, sampling = given.models.transformer, given.sampling
-    exchange = (config.get("mesh") or {}).get("exchange", "auto")
     names = ("num_inference_steps", "flow_shift", "time_grid", "sampler")
     return Recipe.of(
         config.transfer,
-        training.student_config(teacher),
+        training.student_config(teacher, config.transfer.feature_map),
         teacher,
         sampling["sampler"],
         config.dtype,
         sigmas=grids.sigma_grid(*(sampling[name] for name in names)),
         store_velocity=config.collect.store_velocity,
-        layout=layout_of(mesh, teacher.num_attention_heads, exchange),
+        layout=layout_of(mesh, teacher.num_attention_heads, exchange_of(config)),
     )
 
 
@@ -128,13 +128,14 @@ def _by_table(tree: Tree, mesh: Mesh) -> Tree:
 
 
 class _Pairs:
-    """As `data.trajectories.Pairs`: one state and one velocity, which every row has."""
+    """As `data.trajectories.Pairs`, its texts and its index: one state and one velocity."""
 
     def __init__(self, given: Problem, dtype: Any, steps: int, rng: np.random.Generator | None):
         self._rng, self._given, self._steps = rng, given, steps
         self._x, self._u = (self._array(given.latent_shape, jnp.bfloat16) for _ in range(2))
         self._text = Text(self._array(given.text_shape, dtype), np.int32(given.text_shape[0]))
-        self.texts = self
+        self.texts, self.index = self, self
+        self.made = {"guidance_scale": given.sampling["guidance_scale"]}
 
     negative = 0
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.test_util import check_grads
 
 from kernels.linear_attention import (
     FeatureMap,
@@ -90,6 +91,21 @@ def assert_hard_inputs_are_right(run, dtype):
     out, *gradients = run(*huge, feature_map, cotangent)
     assert np.abs(out.astype(jnp.float32)).max() <= 1.01e4
     assert all(np.isfinite(x.astype(jnp.float32)).all() for x in gradients)
+
+
+def assert_one_token_is_right(run, head_dim, features):
+    """The output is v; `run` is `with_gradients` of an implementation."""
+    q, k, v, feature_map, cotangent = arrays(jnp.float32, 1, 1, 1, 1, head_dim, features)
+    out, dq, dk, dv, *maps = run(q, k, v, feature_map, cotangent)
+    np.testing.assert_allclose(out, v, rtol=1e-5)
+    np.testing.assert_allclose(dv, cotangent, rtol=1e-5)
+    assert all(np.abs(x).max() < 1e-5 for x in (dq, dk, *maps))
+
+
+def assert_gradients_match_differences(function):
+    """function(q, k, v, feature_map): its gradients in float32."""
+    q, k, v, feature_map, _ = arrays(jnp.float32, 1, 20, 20, 1, 32, 16)
+    check_grads(function, (q, k, v, feature_map), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def split(implementation):

@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import train
 from benchmarks import wan_step
+from linvideo_jax import config_files, rehearsal
 from linvideo_jax.models import registry
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.stages import smoke
 
 MEASURED = {
@@ -106,3 +109,15 @@ def test_wan_step_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "| 2 | 50.0% | 40.0 | 80 |" in out and "RESOURCE_EXHAUSTED: Out of memory" in out
     assert wan_step.main([*argv, "--remat=some"]) == 2
+
+
+def test_it_rehearses_the_map_and_the_velocities_that_are_asked_for():
+    config = config_files.load(str(wan_step.CONFIG))
+    config.model = "wan_digits"
+    config.transfer.update(feature_map="relu", velocities="guided", objective="mse")
+    given = rehearsal.problem(config)
+    recipe = rehearsal.recipe(config, given, meshes.make({}))
+    assert (recipe.student.feature_map, recipe.teacher.feature_map) == ("relu", None)
+    batch = rehearsal.batch(config, recipe, given, np.random.default_rng(0))
+    negative, lengths = batch.negative
+    assert negative.shape == batch.text.shape and lengths.shape == (recipe.batch_size,)

@@ -49,8 +49,8 @@ def attend(
     size, count = _chunks(q, k)
     if count == 1:
         return chunk(q)
-    blocks = jax.lax.map(chunk, _split(q, size, count, axis=1))
-    return Block(*(_join(x, q.shape[1], axis) for x, axis in zip(blocks, (1, 2), strict=True)))
+    blocks = jax.lax.map(chunk, split(q, size, count, axis=1))
+    return Block(*(join(x, q.shape[1], axis) for x, axis in zip(blocks, (1, 2), strict=True)))
 
 
 def merge(first: Block, second: Block) -> Block:
@@ -94,12 +94,12 @@ def gradients(
     if count == 1:
         (dk, dv), dq = chunk((zero, zero), (q, dout, whole.log_total, delta))
         return dq, dk, dv
-    split = functools.partial(_split, size=size, count=count)
+    parts = functools.partial(split, size=size, count=count)
     # A padded query has an infinite total, so that its weights are zero.
-    log_total = split(whole.log_total, axis=2, fill=jnp.inf)
-    inputs = split(q, axis=1), split(dout, axis=1), log_total, split(delta, axis=2)
+    log_total = parts(whole.log_total, axis=2, fill=jnp.inf)
+    inputs = parts(q, axis=1), parts(dout, axis=1), log_total, parts(delta, axis=2)
     (dk, dv), dq = jax.lax.scan(chunk, (zero, zero), inputs)
-    return _join(dq, q.shape[1], 1), dk, dv
+    return join(dq, q.shape[1], 1), dk, dv
 
 
 def _logits(q, k, num_keys):
@@ -117,14 +117,16 @@ def _chunks(q, k) -> tuple[int, int]:
     return size, -(-tokens // size)
 
 
-def _split(x: Array, size: int, count: int, axis: int, fill: float = 0) -> Array:
+def split(x: Array, size: int, count: int, axis: int, fill: float = 0) -> Array:
+    """`count` chunks of `size` along `axis`, on a new first axis; `fill` behind the end."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, size * count - x.shape[axis])
     x = jnp.pad(x, pads, constant_values=fill)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _join(x: Array, length: int, axis: int) -> Array:
+def join(x: Array, length: int, axis: int) -> Array:
+    """The chunks of `split` in one again, without what was filled."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     return jax.lax.slice_in_dim(x, 0, length, axis=axis)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 
-from kernels.softmax_attention import reference
+from kernels.softmax_attention import blocks, reference
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -31,28 +30,19 @@ def softmax_attention(
     batch, tokens, heads, _ = q.shape
     chunk = chunk or max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
     chunk = min(chunk, tokens)
-    q_chunks = _chunks(q, chunk, axis=1)
+    count = -(-tokens // chunk)
     chunked_bias = bias is not None and bias.shape[2] > 1
-    bias_chunks = _chunks(bias, chunk, axis=2) if chunked_bias else None
+    q_chunks = blocks.split(q, chunk, count, axis=1)
+    bias_chunks = blocks.split(bias, chunk, count, axis=2) if chunked_bias else None
 
     @jax.checkpoint
     def attend(inputs):
         q, part = inputs
         return reference.softmax_attention(q, k, v, part if chunked_bias else bias)
 
-    out = jax.lax.map(attend, (q_chunks, bias_chunks))
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])
-    return out[:, :tokens]
+    return blocks.join(jax.lax.map(attend, (q_chunks, bias_chunks)), tokens, axis=1)
 
 
 def logits_bytes(q: Array, k: Array) -> int:
     """Of all logits in float32, which `reference` has in memory at once."""
     return 4 * q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-
-
-def _chunks(x: Array, chunk: int, axis: int) -> Array:
-    """`x` padded along `axis` and cut into chunks, which are axis 0."""
-    pad = [(0, -x.shape[axis] % chunk if i == axis else 0) for i in range(x.ndim)]
-    x = jnp.pad(x, pad)
-    x = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)

@@ -30,7 +30,7 @@ class Placement:
 
         UserError for a mesh that does not fit the devices, or heads that it does not divide.
         """
-        return cls.by_sizes(meshes.of_config(config), heads, _exchange(config))
+        return cls.by_sizes(meshes.of_config(config), heads, exchange_of(config))
 
     @classmethod
     def by_sizes(cls, sizes: Mapping[str, int], heads: int, exchange: str = "auto") -> "Placement":
@@ -45,7 +45,7 @@ class Placement:
         UserError as from `of`.
         """
         mesh = meshes.of_host(meshes.from_config(config))
-        return cls(mesh, layout_of(mesh, heads, _exchange(config)))
+        return cls(mesh, layout_of(mesh, heads, exchange_of(config)))
 
     def params(self, tree: Any) -> Any:
         """Parameters, or a state, laid out by the table; every host gives the same values."""
@@ -118,5 +118,6 @@ def _whole(leaf: Any) -> np.ndarray:
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _exchange(config: Any) -> str:
+def exchange_of(config: Any) -> str:
+    """`config.mesh.exchange`, "auto" without it."""
     return (config.get("mesh") or {}).get("exchange", "auto")

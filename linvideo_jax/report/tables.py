@@ -1,19 +1,14 @@
 """The table of a sweep: table.json, and table.md for people."""
 
-import os
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from linvideo_jax import loop
 from linvideo_jax.folders import replacing
+from linvideo_jax.provenance import made_here
 from linvideo_jax.report import rows as records
 from linvideo_jax.report.page import title_of
 
@@ -56,14 +51,7 @@ def gathered(config, workdir: Path) -> Table:
         runs = sorted(filter(None, runs), key=lambda run: run["seed"])
         found[name] = {"changes": dict(changes), "runs": runs}
     return {
-        "made": {
-            "command": shlex.join(["python", *sys.argv]),
-            "time": time.strftime("%Y-%m-%d %H:%M"),
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-        },
+        "made": made_here(),
         "seeds": list(config.sweep_seeds),
         "rows": found,
     }

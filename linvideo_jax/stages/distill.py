@@ -22,7 +22,6 @@ from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
 from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel.placement import Placement, whole
-from linvideo_jax.parts import flatten
 from linvideo_jax.pipeline import Pipeline, Settings, check_settings, overridden
 from linvideo_jax.stages import monitoring, transfer
 from linvideo_jax.text import text_bucket
@@ -38,8 +37,7 @@ def run(config, workdir: Path) -> None:
     student = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
     check_student(student, teacher, settings)
     placement = Placement.of(config, heads_of(student, teacher))
-    # Lazy arrays, read at the end; a folder of diffusers' gives the sizes of what is asked for.
-    sizes, beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[:2]
+    beside = transfer.Beside.of(config.checkpoint)
     sampling = few_step_sampling(teacher, settings)
     pipeline = Pipeline(turns.open_folder(config.teacher), config.dtype)
     shape = pipeline.latent_shape(sampling)
@@ -119,20 +117,14 @@ def run(config, workdir: Path) -> None:
     if not hosts.is_first():
         return
     report.write(workdir)
-    linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save_flat(
+    beside.save(
         workdir / "final",
-        # It says how the model is sampled, so that no flag is needed.
-        config=checkpoints.make_config(
-            recipe.student,
-            **{part: checkpoints.model_configs(sizes)[part] for part in beside},
-            linear_layers=linear,
-            sampling=asdict(sampling),
-        ),
-        flat={"transformer": flatten(weights), **beside},
+        recipe.student,
+        weights,
+        state["mode"],
+        sampling=asdict(sampling),  # with it, no flag is needed
         tokenizer=student.tokenizer_folder,
         scheduler=checkpoints.few_step_scheduler(sampling.flow_shift, sampling.num_inference_steps),
-        source=str(config.checkpoint),
     )
 
 

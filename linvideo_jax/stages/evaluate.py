@@ -8,17 +8,11 @@ to `workdir/evaluate/vbench/NAME` under the names that VBench looks for.
 """
 
 import functools
-import os
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from linvideo_jax import checkpoints, evaluation, loop, report, video
@@ -36,6 +30,7 @@ from linvideo_jax.evaluation import (
 from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import agreement, classifier, diversity, flops, frechet, quality
 from linvideo_jax.pipeline import Pipeline, Settings, text_bucket
+from linvideo_jax.provenance import made_here
 from linvideo_jax.report import comparison
 
 READS = ("latents", "pixels")
@@ -180,12 +175,7 @@ def _decoder(decode: Callable, teachers: Videos, path: Path | None) -> Callable[
 def made_by(config, settings: Settings, teacher: Contender) -> dict[str, Any]:
     """How, where and when these figures came about."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "time": time.strftime("%Y-%m-%d %H:%M"),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
+        **made_here(),
         "dtype": str(Pipeline(teacher.checkpoint).dtype),
         "settings": asdict(settings),
         "config": config.to_dict(),

@@ -6,14 +6,16 @@ rounded and the rest of the run trains the rounded model. Where layers are not c
 (`selection`), the second part is left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Array, Int
 
 from linvideo_jax import checkpoints, loop, optimizers, report
 from linvideo_jax.data import loader, online, trajectories
@@ -24,7 +26,7 @@ from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
 from linvideo_jax.parallel import hosts
 from linvideo_jax.parallel.placement import Placement, whole
-from linvideo_jax.parts import flatten
+from linvideo_jax.parts import Flat, flatten
 from linvideo_jax.stages import collect, monitoring
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import ONLY_VELOCITY, Recipe, knobs_at
@@ -71,8 +73,7 @@ def run(config, workdir: Path) -> None:
     settings, workdir = config.transfer, Path(workdir)
     teacher = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
     placement = Placement.of(config, teacher.wan_config.num_attention_heads)
-    # Lazy arrays, read at the end; a folder of diffusers' gives the sizes of what is asked for.
-    sizes, beside = checkpoints.read_flat(config.checkpoint, ("vae", "text_encoder"))[:2]
+    beside = Beside.of(config.checkpoint)
     num_layers = teacher.wan_config.num_layers
     check(settings, num_layers)
     final = final_weights(settings)
@@ -155,20 +156,58 @@ def run(config, workdir: Path) -> None:
     if not hosts.is_first():
         return
     report.write(workdir)
-    linear = np.flatnonzero(np.asarray(state["mode"]) == wan.LINEAR).tolist()
-    checkpoints.save_flat(
+    beside.save(
         workdir / "final",
-        config=checkpoints.make_config(
-            recipe.student,
-            **{part: checkpoints.model_configs(sizes)[part] for part in beside},
-            linear_layers=linear,
-            sampling=teacher.sampling,
-        ),
-        flat={"transformer": flatten(weights), **beside},
+        recipe.student,
+        weights,
+        state["mode"],
+        sampling=teacher.sampling,
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
-        source=str(config.checkpoint),
     )
+
+
+class Beside(NamedTuple):
+    """The networks beside a checkpoint's transformer, which training copies: lazy, read at the end.
+
+    sizes: of config.json; a folder of diffusers' gives those of what is asked for.
+    """
+
+    source: str
+    sizes: dict[str, Any]
+    flat: dict[str, Flat]
+
+    @classmethod
+    def of(cls, folder: str) -> "Beside":
+        """Those of a model folder."""
+        return cls(str(folder), *checkpoints.read_flat(folder, ("vae", "text_encoder"))[:2])
+
+    def save(
+        self,
+        folder: Path,
+        config: wan.WanConfig,
+        weights: Params,
+        mode: Int[Array, " layers"],
+        *,
+        sampling: Mapping[str, Any],
+        tokenizer: Path | None,
+        scheduler: dict[str, Any],
+    ) -> None:
+        """Writes a trained transformer with them; its linear layers are those of that mode."""
+        models = checkpoints.model_configs(self.sizes)
+        checkpoints.save_flat(
+            folder,
+            config=checkpoints.make_config(
+                config,
+                **{part: models[part] for part in self.flat},
+                linear_layers=np.flatnonzero(np.asarray(mode) == wan.LINEAR).tolist(),
+                sampling=sampling,
+            ),
+            flat={"transformer": flatten(weights), **self.flat},
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            source=self.source,
+        )
 
 
 def final_weights(settings) -> str:

@@ -245,13 +245,12 @@ def update_generator(
     params, moments = _applied(
         recipe, state["params"], state["optimizer"], grads["params"], knobs.generator_rate
     )
-    r = jnp.clip(state["r"] - knobs.r_learning_rate * grads["r"], 0.0, 1.0)
     average = (params, knobs.ema_decay, knobs.ema_age)
     new = state | {
         "params": params,
         "optimizer": moments,
         "ema": optimizers.moving_average(state["ema"], *average),
-        "r": jnp.where(state["mode"] == wan.MIX, r, state["r"]),
+        "r": training.descended(state, grads["r"], knobs.r_learning_rate),
     }
     metrics |= {"gradient_norm": optax.tree.norm(grads["params"])}
     return training.kept(recipe, new), training.kept(recipe, metrics)

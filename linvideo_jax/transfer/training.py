@@ -254,6 +254,15 @@ def gradients(
     return optimizers.mean_over_parts(of_part, (batch, noised), recipe.accumulate)
 
 
+def descended(state: State, gradient: Array, rate: jax.Array | float) -> Array:
+    """r after a step of plain descent in [0, 1]; it moves in mixed layers alone.
+
+    Adam would move all scores alike, whatever the objective.
+    """
+    r = jnp.clip(state["r"] - rate * gradient, 0.0, 1.0)
+    return jnp.where(state["mode"] == wan.MIX, r, state["r"])
+
+
 def stepped(recipe: Recipe, state: State, grads, knobs: Knobs) -> tuple[State, dict[str, Array]]:
     """(state, metrics) after the step that the gradient of "params" and "r" asks for."""
     optimizer = weights_optimizer(recipe)
@@ -261,9 +270,7 @@ def stepped(recipe: Recipe, state: State, grads, knobs: Knobs) -> tuple[State, d
     changes = jax.tree_util.tree_map_with_path(
         lambda path, change: knobs.feature_map_rate * change if _is_map(path) else change, changes
     )
-    # Plain gradient descent on r: Adam would move all scores alike, whatever the objective.
-    r = jnp.clip(state["r"] - knobs.r_learning_rate * grads["r"], 0.0, 1.0)
-    r = jnp.where(state["mode"] == wan.MIX, r, state["r"])
+    r = descended(state, grads["r"], knobs.r_learning_rate)
     r, mode, settled = selection.freeze(
         r, state["mode"], state["settled"], knobs.target, knobs.freeze_steps
     )
