@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = "runs/wan14b/final"
     config.teacher = "models/wan14b"
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 8, "context": 4})  # ours: three networks, 40 heads
+    config.mesh = ConfigDict({"data": -1, "fsdp": 8, "context": 4})  # ours; 40 heads divide by 4
 
     distill = config.distill
     distill.sampling.height = 720  # paper
