@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import measure
 from linvideo_jax.metrics import flops
-from linvideo_jax.models.module import bind
+from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
 
 TEXT_LENGTH = 120  # tokens of the prompt; the rest of Wan's 512 are pads
@@ -28,11 +28,11 @@ class Run(NamedTuple):
     program: str = ""
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def velocity(params, latents, time, text, mode, *, config, dtype):
+@partial(jax.jit, static_argnames=("config", "dtype", "layout"))
+def velocity(params, latents, time, text, mode, *, config, dtype, layout=None):
     """The network as a sampling loop calls it: text and time are embedded before."""
     model = bind(WanTransformer, config, params)
-    return model(latents, time, text, None, mode=mode, dtype=dtype)
+    return model(latents, time, text, None, mode=mode, dtype=dtype, layout=layout)
 
 
 @partial(jax.jit, static_argnames=("config", "video_tokens", "dtype"))
@@ -46,9 +46,9 @@ def embedded(params, timestep, text, lengths, *, config, video_tokens, dtype):
 class Ours:
     """Our transformer with feature maps, its parameters on the device once for all sizes."""
 
-    def __init__(self, config: WanConfig, dtype: Any):
+    def __init__(self, config: WanConfig, dtype: Any, params: Params | None = None):
         self.config, self.dtype = replace(config, feature_map="hedgehog"), dtype
-        self.params = measure.random_params(WanTransformer, self.config, dtype)
+        self.params = params or measure.random_params(WanTransformer, self.config, dtype)
 
     def mode(self, linear_layers: Sequence[int]) -> np.ndarray:
         """The mode of each layer."""
@@ -56,12 +56,8 @@ class Ours:
         mode[list(linear_layers)] = LINEAR
         return mode
 
-    def forward(
-        self, shape: Sequence[int], linear_layers: Sequence[int] | None, batch: int = 1
-    ) -> Run:
-        """Of latents `[batch, *shape]`; linear_layers None: a teacher, without run-time modes."""
-        tokens = flops.video_tokens(self.config, shape)
-        sizes = {"config": self.config, "dtype": self.dtype}
+    def inputs(self, shape: Sequence[int], batch: int = 1) -> tuple[Any, ...]:
+        """(params, latents, time, text) of `velocity`, of latents `[batch, *shape]`."""
         latents = jax.random.normal(jax.random.key(1), (batch, *shape))
         words = jax.random.normal(jax.random.key(2), (batch, 160, self.config.text_dim))
         words = words * (jnp.arange(160) < TEXT_LENGTH)[:, None]
@@ -70,13 +66,21 @@ class Ours:
             jnp.full((batch,), 700.0),
             words,
             jnp.full((batch,), TEXT_LENGTH),
-            video_tokens=tokens,
-            **sizes,
+            video_tokens=flops.video_tokens(self.config, shape),
+            config=self.config,
+            dtype=self.dtype,
         )
+        return self.params, latents, *prepared
+
+    def forward(
+        self, shape: Sequence[int], linear_layers: Sequence[int] | None, batch: int = 1
+    ) -> Run:
+        """Of latents `[batch, *shape]`; linear_layers None: a teacher, without run-time modes."""
+        tokens = flops.video_tokens(self.config, shape)
         mode = None if linear_layers is None else self.mode(linear_layers)
+        inputs = (*self.inputs(shape, batch), mode)
         start = time.perf_counter()
-        inputs = (self.params, latents, *prepared, mode)
-        compiled = velocity.lower(*inputs, **sizes).compile()
+        compiled = velocity.lower(*inputs, config=self.config, dtype=self.dtype).compile()
         seconds = time.perf_counter() - start
         return Run(
             lambda: jax.block_until_ready(compiled(*inputs)),

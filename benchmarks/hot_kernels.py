@@ -3,11 +3,13 @@
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from linvideo_jax.plan.collectives import KINDS
 
 # The models' named scopes; the innermost that an operation stands in counts.
 SCOPES = {
@@ -35,12 +37,7 @@ def profile(run: Callable[[], Any], program: str, top: int = 15) -> dict[str, An
     program: the text of what runs, `compiled.as_text()`.
     """
     run()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-        kernels, scopes = _totals(data, scopes_of(program))
+    kernels, scopes = _totals(_traced(run), scopes_of(program))
     total = sum(kernels.values())
     return {
         "milliseconds": total,
@@ -52,6 +49,42 @@ def profile(run: Callable[[], Any], program: str, top: int = 15) -> dict[str, An
     }
 
 
+def collectives(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Of each GPU during one run(): milliseconds in which a collective runs, and runs alone.
+
+    A collective waits for the other GPUs in its kernel: the GPU that comes last tells what the
+    exchange takes. kernels: milliseconds by name. Empty where the profiler sees no GPU.
+    """
+    found = []
+    for plane in _gpus(_traced(run)):
+        exchange, other, names = [], [], Counter()
+        for name, operation, *interval in _kernels(plane):
+            if "nccl" in name.lower() or operation.startswith(KINDS):
+                exchange.append(interval)
+                names[name] += (interval[1] - interval[0]) / 1e6
+            else:
+                other.append(interval)
+        busy = covered(exchange + other)
+        found.append(
+            {
+                "milliseconds": covered(exchange) / 1e6,
+                "alone_milliseconds": (busy - covered(other)) / 1e6,
+                "busy_milliseconds": busy / 1e6,
+                "kernels": dict(names.most_common(6)),
+            }
+        )
+    return found
+
+
+def covered(intervals: Iterable[Sequence[float]]) -> float:
+    """Length of the union of (start, end)."""
+    total, last = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return total
+
+
 def scopes_of(program: str) -> dict[str, str]:
     """The named scope of each of XLA's instructions."""
     found = re.findall(r'%?([\w.-]+) = [^\n]*op_name="([^"]*)"', program)
@@ -61,10 +94,34 @@ def scopes_of(program: str) -> dict[str, str]:
     }
 
 
+def _traced(run: Callable[[], Any]) -> Any:
+    """What the profiler saw of one run()."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        return jax.profiler.ProfileData.from_file(str(path))
+
+
+def _gpus(data: Any) -> list[Any]:
+    return [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
+
+
+def _kernels(plane: Any) -> Iterator[tuple[str, str, float, float]]:
+    """(name, XLA's instruction, start, end in ns) of a GPU's streams; other lines repeat them."""
+    for line in plane.lines:
+        if not line.name.startswith("Stream"):
+            continue
+        for event in line.events:
+            stats = {key: value for key, value in event.stats if key is not None}
+            start = event.start_ns
+            yield event.name, str(stats.get("hlo_op", "")), start, start + event.duration_ns
+
+
 def _totals(data: Any, scope_of: Mapping[str, str]) -> tuple[Counter, Counter]:
     """Milliseconds by kernel and by scope: of a GPU's streams, or of a CPU's operations."""
     kernels, scopes = Counter(), Counter()
-    gpus = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
+    gpus = _gpus(data)
     for plane in gpus[:1] or data.planes:
         for line in plane.lines:
             if gpus and not line.name.startswith("Stream"):

@@ -29,6 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
 GIB = 2**30
 _CHILD = "LINVIDEO_BENCHMARK_PART"  # set where another process of the benchmark shows the whole
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "tokamax", "nvidia-cudnn-cu13")
+PACKAGES += ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Where a stage's arrays lie: on one device as ever, or shared out over a mesh of any hosts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +25,25 @@ class Placement:
     layout: MeshLayout | None
 
     @classmethod
-    def of(cls, config: Any, heads: int) -> "Placement":
-        """By `config.mesh` on all devices of all hosts, for a model with so many heads.
+    def of(
+        cls, config: Any, heads: int, devices: Sequence[jax.Device] | None = None
+    ) -> "Placement":
+        """By `config.mesh` on `devices` (None: all of all hosts), for a model with so many heads.
 
         UserError for a mesh that does not fit the devices, or heads that it does not divide.
         """
-        return cls.by_sizes(meshes.of_config(config), heads, exchange_of(config))
+        return cls.by_sizes(meshes.of_config(config), heads, exchange_of(config), devices)
 
     @classmethod
-    def by_sizes(cls, sizes: Mapping[str, int], heads: int, exchange: str = "auto") -> "Placement":
+    def by_sizes(
+        cls,
+        sizes: Mapping[str, int],
+        heads: int,
+        exchange: str = "auto",
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Placement":
         """`of` with the sizes of the axes (`mesh.resolve`) in the place of a configuration."""
-        mesh = meshes.make(sizes)
+        mesh = meshes.make(sizes, devices)
         return cls(mesh, layout_of(mesh, heads, exchange))
 
     @classmethod

@@ -6,7 +6,7 @@ here does not train, and what it prints is what training will take.
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,24 @@ def with_batch(config):
     return config
 
 
-def measure(config, num_steps: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(
+    config,
+    num_steps: int,
+    say: Callable[[str], None] = print,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, Any]:
     """Times `num_steps` updates after one that compiles; figures by name, ready for JSON.
 
+    devices: of the mesh; None for all of all hosts.
     seconds: of each; mfu: forward and backward of the median step over the peak, None for a chip
     whose peak is not known; memory: bytes at most in use on a chip, of the process on a CPU.
     """
     given = rehearsal.problem(config)
-    placement = Placement.of(config, given.models.transformer.num_attention_heads)
+    placement = Placement.of(config, given.models.transformer.num_attention_heads, devices)
     recipe = rehearsal.recipe(config, given, placement.mesh)
-    here = chips.here()
+    here, num_chips = chips.here(), placement.mesh.size
     say(
-        f"{config.model} on {here.num_chips} x {here.chip.name}, mesh "
+        f"{config.model} on {num_chips} x {here.chip.name}, mesh "
         f"{meshes.describe(placement.mesh)}, {jax.process_count()} host(s): random weights ..."
     )
     weights = placement.make(lambda: init(wan.WanTransformer, recipe.teacher))
@@ -96,11 +102,11 @@ def measure(config, num_steps: int, say: Callable[[str], None] = print) -> dict[
     layers = Layers(0, 0, recipe.student.num_layers)
     work = step_flops.update(recipe, given.size, layers, recipe.batch_size)
     median = float(np.median(seconds[1:]))
-    peak = here.num_chips * here.chip.flops
+    peak = num_chips * here.chip.flops
     return {
         "model": config.model,
         "chip": here.chip.name,
-        "num_chips": here.num_chips,
+        "num_chips": num_chips,
         "mesh": dict(placement.mesh.shape),
         "tokens": given.size.tokens,
         "batch_size": recipe.batch_size,
