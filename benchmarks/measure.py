@@ -28,8 +28,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
 
 GIB = 2**30
 _CHILD = "LINVIDEO_BENCHMARK_PART"  # set where another process of the benchmark shows the whole
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "tokamax", "nvidia-cudnn-cu13")
-PACKAGES += ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "tokamax")
+PACKAGES += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+NCCL = ("NCCL_NVLS_ENABLE", "NCCL_P2P_DISABLE", "NCCL_ALGO", "NCCL_PROTO")
 
 
 def environment() -> dict[str, Any]:
@@ -44,6 +45,7 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "versions": versions,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "nccl": {name: os.environ[name] for name in NCCL if name in os.environ},
     }
 
 

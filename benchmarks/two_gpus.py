@@ -2,7 +2,7 @@
 
 python benchmarks/two_gpus.py --out=runs/two_gpus.json
 python benchmarks/two_gpus.py --out=runs/two_gpus.json --parts=speed_14b,bytes
-JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2 \
+JAX_PLATFORMS=cpu NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
     python benchmarks/two_gpus.py --small --out=runs/two_small.json
 
 Random weights of true size on the first two GPUs. Each part is measured once, in a process of its
@@ -95,8 +95,8 @@ class Benchmark:
         mode = ours.mode(size.rows()["LinVideo"])
         inputs = {name: placed(place, ours, size, mode) for name, place in places.items()}
         lowered = {name: lower(ours, places[name], given) for name, given in inputs.items()}
-        inputs["float32"] = placed(places["one GPU"], exact, size, mode)
         with jax.default_matmul_precision("highest"):
+            inputs["float32"] = placed(places["one GPU"], exact, size, mode)
             lowered["float32"] = lower(exact, places["one GPU"], inputs["float32"])
         programs = compiled(lowered)
         found = {}
@@ -354,15 +354,17 @@ def program(argv: Sequence[str]) -> None:
     flags.DEFINE_integer("blocks", 4, "of 1.3B's 30, for the gradients", 2, 30, **define)
     given = command_line.parse(values, argv, __doc__)
     command_line.required(given, "out")
+    wanted = (given["parts"] or ",".join(PARTS)).split(",")
+    for part in wanted:
+        command_line.choice("parts", part, PARTS)
     if jax.device_count() < 2:
         raise UserError(
             f"two devices are needed, and {jax.device_count()} {jax.devices()[0].device_kind} is "
-            "here: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2."
+            "here: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2 and NPROC=32."
         )
     out = Path(given["out"])
     results = measure.Results(out, values.small)
     benchmark = Benchmark(values.small, values.rounds, values.blocks)
-    wanted = (given["parts"] or ",".join(PARTS)).split(",")
     try:
         measure.run_parts(benchmark.parts(), wanted, results, measure.command(__file__, argv))
     except SystemExit:  # a part failed: the table says why

@@ -24,8 +24,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts, where = results["parts"], results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     lines = [f"2 x {where['device']}; {versions}."]
-    if where["xla_flags"]:
-        lines += ["", f"XLA_FLAGS {where['xla_flags']}"]
+    nccl = [f"{name}={value}" for name, value in where["nccl"].items()]
+    if where["xla_flags"] or nccl:
+        lines += ["", "; ".join([f"XLA_FLAGS {where['xla_flags']}", *nccl])]
     done = {name: part for name, part in parts.items() if "error" not in part}
     if "equality" in done:
         lines += _table(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import tiny
+from benchmarks import tiny, two_gpus
 from configs import digits
 from kernels.linear_attention import FeatureMap
 from linvideo_jax import pipeline, turns
@@ -247,9 +247,15 @@ def sampling(out: dict) -> None:
         out["share of a video"] = decoded.addressable_shards[0].data.size / decoded.size
 
 
+def two_devices(out: dict) -> None:
+    """Parts of benchmarks/two_gpus.py at small size."""
+    benchmark = two_gpus.Benchmark(small=True, rounds=1, blocks=2)
+    out["two_gpus"] = {"bytes": benchmark.exchanged(), "equality": benchmark.equality()}
+
+
 def main(path: str) -> None:
     out = {}
-    for part in (sampling, exchanges, equality):
+    for part in (sampling, exchanges, two_devices, equality):
         part(out)
         Path(path).write_text(json.dumps(out, indent=1))
 

@@ -2,13 +2,23 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import check, contenders, hot_kernels, latency_table, measure, random_checkpoint
+from benchmarks import (
+    check,
+    contenders,
+    hot_kernels,
+    latency_table,
+    measure,
+    random_checkpoint,
+    two_gpus,
+    two_gpus_table,
+)
 from linvideo_jax.models import registry
 from linvideo_jax.models.wan import WanConfig
 
@@ -142,3 +152,105 @@ def test_results_are_of_one_device_and_parts_are_not_measured_twice(tmp_path, ca
     with pytest.raises(Exception, match="choose another --out"):
         measure.Results(path, False)
     assert jax.devices()[0].device_kind == again.everything["environment"]["device"]
+
+
+def test_collectives_of_a_profile(monkeypatch):
+    """Two GPUs; on the first a collective overlaps with a product, by 2 of its 5 ms."""
+
+    def event(name, start, end, **stats):
+        stats = list(stats.items())
+        return SimpleNamespace(
+            name=name, start_ns=start * 1e6, duration_ns=(end - start) * 1e6, stats=stats
+        )
+
+    kernels = [
+        event("gemm", 0, 4, hlo_op="dot.1"),
+        event("gemm", 2, 3, hlo_op="dot.2"),
+        event("ncclDevKernel_AllGather", 2, 7, hlo_op="all-gather-start.3"),
+        event("a_copy", 8, 9, hlo_op="collective-permute.1"),
+    ]
+    names = ("/host:CPU", "/device:GPU:0", "/device:GPU:1")
+    lines = (
+        [],
+        [("Stream #1(Compute)", kernels), ("XLA Ops", kernels)],
+        [("Stream #2", kernels[:1])],
+    )
+    planes = [
+        SimpleNamespace(
+            name=name, lines=[SimpleNamespace(name=line, events=events) for line, events in own]
+        )
+        for name, own in zip(names, lines, strict=True)
+    ]
+    monkeypatch.setattr(hot_kernels, "_traced", lambda run: SimpleNamespace(planes=planes))
+    first, second = hot_kernels.collectives(lambda: None)
+    assert first == {
+        "milliseconds": pytest.approx(6),
+        "alone_milliseconds": pytest.approx(4),
+        "busy_milliseconds": pytest.approx(8),
+        "kernels": {"ncclDevKernel_AllGather": 5.0, "a_copy": 1.0},
+    }
+    assert second["milliseconds"] == 0 and second["busy_milliseconds"] == pytest.approx(4)
+
+
+def test_gradients_are_compared_by_group():
+    ours = {
+        "params": {"feature_map": {"q": jnp.array([3.0, 4.0])}, "w": jnp.ones(4)},
+        "r": jnp.ones(2),
+    }
+    theirs = {**ours, "params": {"feature_map": {"q": jnp.array([3.0, 5.0])}, "w": jnp.ones(4)}}
+    theirs["r"] = 2 * theirs["r"]
+    found = two_gpus.by_group(ours, theirs)
+    assert found == pytest.approx({"weights": 0, "feature maps": 34**-0.5, "scores": 0.5})
+
+
+def test_two_gpus_says_what_is_wrong(run, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    code, _, err = run(two_gpus, out=out, parts="speed_14b,speed_2b")
+    assert code == 2 and "--parts=speed_2b is unknown; choose from equality, speed_14b" in err
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    code, _, err = run(two_gpus, out=out)
+    assert code == 2 and "two devices are needed, and 1 cpu is here" in err and not out.exists()
+
+
+def test_table_of_two_gpus(tmp_path, capsys):
+    size = {"size": "1.3B, 480p", "blocks": 30, "tokens": 32760, "linear": 16}
+    gpus = [{"milliseconds": time, "alone_milliseconds": 1.0} for time in (9.0, 5.0)]
+    row = {"one": {"seconds": 0.5}, "two": {"seconds": 0.25}, "speed_up": 2.0, "collectives": gpus}
+    errors = {"weights": 0.01, "feature maps": 0.02, "scores": 0.03}
+    layer = {"tokens": 32760, "kinds": {"all-reduce": 9}, "measured": 1e6, "formula": 2e6}
+    update = {
+        "model": "wan", "tokens": 32760, "mesh": {"data": 1, "fsdp": 2}, "batch_size": 2,
+        "seconds": [4.0, 5.0], "memory": 2**34, "mfu": 0.4,
+    }  # fmt: skip
+    exactly = {"one GPU": 0.01, "ring": 0.02}
+    parts = {
+        "equality": size
+        | {"to_float32": {"one GPU": 0.01, "ring": 0.02}, "to_one": {"ring": 0.003}},
+        "gradients": {
+            "blocks": 4,
+            "tokens": 32760,
+            "to_one": {"fsdp:2": errors},
+            "to_float32": errors,
+        },
+        "speed_1.3b": size | {"rows": {"dense": row, "LinVideo": {**row, "collectives": []}}},
+        "bytes": {"layers": {"a, linear": layer}, "rest_of_a_forward": {"a": {"all-gather": 2e6}}},
+        "train_fsdp": update,
+        "train_one": {"error": "no memory"},
+    }  # fmt: skip
+    where = {"device": "H100", "versions": {"jax": "1"}, "xla_flags": "", "nccl": {"NCCL_X": "0"}}
+    two_gpus_table.write({"environment": where, "parts": parts}, tmp_path / "out.json")
+    out = capsys.readouterr().out
+    assert (tmp_path / "out.md").read_text() == out and "2 x H100; jax 1." in out
+    for line in (
+        "| one GPU |  | 0.01 |",
+        "| ring | 0.003 | 0.02 |",
+        "| fsdp:2 to one GPU | 0.01 | 0.02 | 0.03 |",
+        "| 1.3B, 480p, 32,760 tokens: dense | 0.5 s | 0.25 s | 2.00 | 5.0 | 1.0 |",
+        "| a, linear, 32,760 tokens | 1.000 | 2.000 | all-reduce |",
+        "The rest of a forward of a, above all weights: 2.0 MB by all-gather.",
+        "| wan, 32,760 tokens, fsdp:2 | 2 | 4.5 | 2.25 | 16.0 | 40.0% |",
+        "Not measured: train_one (no memory).",
+        "no GPU in the profile",
+    ):
+        assert line in out
+    assert "NCCL_X=0" in out

@@ -62,6 +62,26 @@ def test_what_a_linear_layer_sends_does_not_grow_with_the_tokens(found):
         assert many[kind] == 4 * few[kind] > 0
 
 
+def test_the_benchmark_of_two_gpus_finds_what_layers_send(found):
+    layers = found["two_gpus"]["bytes"]["layers"]
+    assert [list(row["kinds"]) for row in layers.values()] == [
+        ["all-to-all"], ["all-reduce"], ["collective-permute"], ["all-to-all"], ["all-reduce"],
+    ]  # fmt: skip
+    for name, row in layers.items():
+        # A CPU's collectives send what is bfloat16 as float32.
+        wider = 1 if "linear" in name else 2
+        assert row["measured"] == pytest.approx(wider * row["formula"])
+    rest = found["two_gpus"]["bytes"]["rest_of_a_forward"]
+    assert [list(kinds) for kinds in rest.values()] == [["all-gather"]] * 3
+
+
+def test_the_benchmark_of_two_gpus_compares_with_one(found):
+    figures = found["two_gpus"]["equality"]
+    own = figures["to_float32"]["one GPU"]
+    assert 1e-4 < own < 0.05 and figures["to_float32"]["float32"] == 0
+    assert all(error <= own for error in figures["to_one"].values())
+
+
 def test_sampling_does_not_depend_on_the_mesh(found):
     assert found["latents on {'context': 4}"] < 1e-5
     assert found["latents on {'data': 4, 'fsdp': 2}"] < 1e-5
