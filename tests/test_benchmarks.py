@@ -223,20 +223,15 @@ def test_table_of_two_gpus(tmp_path, capsys):
         "seconds": [4.0, 5.0], "memory": 2**34, "mfu": 0.4,
     }  # fmt: skip
     exactly = {"one GPU": 0.01, "ring": 0.02}
+    compared = {"to_one": {"fsdp:2": errors}, "to_float32": errors}
     parts = {
-        "equality": size
-        | {"to_float32": {"one GPU": 0.01, "ring": 0.02}, "to_one": {"ring": 0.003}},
-        "gradients": {
-            "blocks": 4,
-            "tokens": 32760,
-            "to_one": {"fsdp:2": errors},
-            "to_float32": errors,
-        },
+        "equality": size | {"to_float32": exactly, "to_one": {"ring": 0.003}},
+        "gradients": {"blocks": 4, "tokens": 32760} | compared,
         "speed_1.3b": size | {"rows": {"dense": row, "LinVideo": {**row, "collectives": []}}},
         "bytes": {"layers": {"a, linear": layer}, "rest_of_a_forward": {"a": {"all-gather": 2e6}}},
         "train_fsdp": update,
         "train_one": {"error": "no memory"},
-    }  # fmt: skip
+    }
     where = {"device": "H100", "versions": {"jax": "1"}, "xla_flags": "", "nccl": {"NCCL_X": "0"}}
     two_gpus_table.write({"environment": where, "parts": parts}, tmp_path / "out.json")
     out = capsys.readouterr().out
