@@ -122,6 +122,20 @@ def test_collectives_of_a_program_text():
     assert found.sent == sum(sent.values())
 
 
+def test_a_gpu_gathers_several_arrays_at_once():
+    text = """
+ENTRY %main (a: bf16[8,4], b: f32[2]) -> bf16[16,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = f32[2]{0} parameter(1)
+  %start = ((bf16[8,4]{1,0}, f32[2]{0}), (bf16[16,4]{1,0}, f32[4]{0})) all-gather-start(%a, %b), channel_id=1, replica_groups=mesh['context'=2] {'context'}, dimensions={0}
+  %done = (bf16[16,4]{1,0}, f32[4]{0}) all-gather-done(%start)
+  ROOT %out = bf16[16,4]{1,0} get-tuple-element(%done), index=0
+}
+"""  # noqa: E501
+    (one,) = collectives.count(text, 2).collectives
+    assert one == Collective("all-gather", 64 + 8, 128 + 16, 2, 1)
+
+
 def test_branches_by_how_often_they_are_taken():
     calls = collectives.count(program(), 8, (1 / 3, 2 / 3, 0)).by_kind()
     assert calls["collective-permute"] == (2, 2 * 512)

@@ -114,10 +114,12 @@ def count(text: str, num_devices: int, branches: Sequence[float] | None = None) 
             return []
         operands = (computation.get(name) for name in instruction.operand_names)
         operand = sum(hlo.shape_bytes(one.shape) for one in operands if one is not None)
+        group = _group(instruction.attributes, num_devices)
         result = hlo.shape_bytes(instruction.shape)
         if instruction.operation.endswith("-start") and kind != "all-reduce":
-            result = max(hlo.array_bytes(instruction.shape))  # the tuple holds the operand too
-        return [Collective(kind, operand, result, _group(instruction.attributes, num_devices), 1.0)]
+            # The tuple holds the operands too. A GPU's program gathers several arrays as one.
+            result = operand * group if kind == "all-gather" else operand
+        return [Collective(kind, operand, result, group, 1.0)]
 
     collectives = walk(program.entry)
     return Communication(tuple(one for one in collectives if one.group > 1), len(unknown))
