@@ -56,8 +56,7 @@ FLAGS = {
 }
 PARTS = ("equality", "speed_14b", "train_fsdp", "speed_1.3b", "bytes", "gradients", "train_one")
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.py"
-# Kernels of a CUDA graph may have no names in a profile; these programs are long kernels, which
-# gain nothing by graphs.
+# Kernels of a CUDA graph may have no names in a profile. Off for all parts and rows alike.
 NAMED_KERNELS = "--xla_gpu_enable_command_buffer="
 
 
