@@ -258,6 +258,7 @@ def large_part(sizes: Scale, folder: Path) -> dict[str, Any]:
             latents = pipeline.denoise(
                 params,
                 pipeline.noise([0], shape),
+                jnp.zeros(1, jnp.uint32),
                 text,
                 lengths,
                 jnp.float32(5.0),

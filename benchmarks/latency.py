@@ -174,7 +174,8 @@ class Benchmark:
         words = jax.random.normal(jax.random.key(0), (halves, 160, ours.config.text_dim))
         words = words * (jnp.arange(160) < lengths[:, None])[..., None]
         start = pipeline.noise([0], size.shape)
-        inputs = (ours.params, start, words.astype(self.dtype), lengths, jnp.float32(5.0), mode)
+        text = (words.astype(self.dtype), lengths)
+        inputs = (ours.params, start, jnp.zeros(1, jnp.uint32), *text, jnp.float32(5.0), mode)
         compiled = pipeline.denoise.lower(
             *inputs,
             config=ours.config,

@@ -9,8 +9,10 @@ interrupted run may be started again with --layers for the sizes that are left.
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -77,27 +79,33 @@ def best(
     """
     timed = {}
 
-    def measure(tiles: Tiles) -> None:
+    def build(tiles: Tiles):
         function, args = subject(kernel, replace(config, **{kernel: tiles}), inputs)
         try:
-            compiled = jax.jit(function).lower(*args).compile()
-            calls = timing.warm(compiled, *args)
+            return jax.jit(function).lower(*args).compile(), args
         except jax.errors.JaxRuntimeError as error:  # too much shared memory after all
-            print(f"    {tiles}: {str(error).splitlines()[0][:100]}", flush=True)
-            return
-        samples = [timing.seconds(compiled, args, calls) for _ in range(ROUNDS)]
-        timed[tiles] = timing.summary(samples)["ms"]
-        print(f"    {tiles}: {timed[tiles]:.4f} ms", flush=True)
+            return str(error).splitlines()[0][:100]
 
-    for tiles in candidates(gpu, layer, kernel):
-        measure(tiles)
+    def measure(tried: Sequence[Tiles]) -> None:
+        # Compiling takes seconds of one core, so all at once; timing one after the other.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = list(pool.map(build, tried))
+        for tiles, program in zip(tried, built, strict=True):
+            if isinstance(program, str):
+                print(f"    {tiles}: {program}", flush=True)
+                continue
+            compiled, args = program
+            calls = timing.warm(compiled, *args)
+            samples = [timing.seconds(compiled, args, calls) for _ in range(ROUNDS)]
+            timed[tiles] = timing.summary(samples)["ms"]
+            print(f"    {tiles}: {timed[tiles]:.4f} ms", flush=True)
+
+    measure(list(candidates(gpu, layer, kernel)))
     if not timed:
         raise UserError(f"no candidate of {kernel} compiled.")
     fastest = min(timed, key=timed.get)
-    for programs in (1, 2, 3, 4, 8):
-        tiles = replace(fastest, programs=programs * gpu.cores)
-        if tiles not in timed:
-            measure(tiles)
+    others = [replace(fastest, programs=n * gpu.cores) for n in (1, 2, 3, 4, 8)]
+    measure([tiles for tiles in others if tiles not in timed])
     fastest = min(timed, key=timed.get)
     return fastest, timed[fastest]
 

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING
 import jax
 
 from kernels.dispatch import dispatch
-from kernels.softmax_attention import chunked, cudnn, reference, splash, tokamax_mosaic
+from kernels.softmax_attention import (
+    chunked,
+    cudnn,
+    hopper,
+    reference,
+    splash,
+    tokamax_mosaic,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 LIBRARIES = {
+    "hopper": hopper.softmax_attention,
     "tokamax": tokamax_mosaic.softmax_attention,
     "cudnn": cudnn.softmax_attention,
     "splash": splash.softmax_attention,
@@ -41,10 +49,11 @@ def softmax_attention(
     """softmax(q k^T / sqrt(head_dim) + bias) v, not causal; the softmax is in float32.
 
     q, k, v share one dtype, which is the output's. `bias` is a constant: it gets no gradient.
-    `implementation`: "tokamax", "cudnn", "splash", "chunked", "reference", several in order of
-    preference, or None for what the environment variable SOFTMAX_ATTENTION says, else for the
-    first library that supports the inputs, else plain JAX: "chunked" where the logits would take
-    a GiB or more, "reference" below. Which one serves, and why not the others, is logged once.
+    `implementation`: "hopper" (tokamax's values, cuDNN's gradients), "tokamax", "cudnn", "splash",
+    "chunked", "reference", several in order of preference, or None for what the environment
+    variable SOFTMAX_ATTENTION says, else for the first library that supports the inputs, else plain
+    JAX: "chunked" where the logits would take a GiB or more, "reference" below. Which one serves,
+    and why not the others, is logged once.
 
     Raises: NotImplementedError with the reason if no named implementation supports the inputs.
     """

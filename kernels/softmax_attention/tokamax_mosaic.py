@@ -24,6 +24,17 @@ def softmax_attention(
     Raises: NotImplementedError off Hopper, for 32-bit inputs, for a head_dim other than 64 and
     128, for a bias, without the package tokamax, and where tokamax itself refuses.
     """
+    check(q, bias)
+    import tokamax
+
+    return tokamax.dot_product_attention(q, k, v, implementation="mosaic")
+
+
+def check(
+    q: Float[Array, "batch tokens heads head_dim"],
+    bias: Float[Array, "#batch #heads #tokens keys"] | None,
+) -> None:
+    """Raises: as `softmax_attention`, but for tokamax's own refusals."""
     if platform() != "gpu":
         raise NotImplementedError(f"needs an NVIDIA GPU, this is {platform()}")
     gpu = target()
@@ -36,9 +47,8 @@ def softmax_attention(
     if bias is not None:
         raise NotImplementedError("is not used with a bias, whose gradient it would compute")
     try:
-        import tokamax
+        import tokamax  # noqa: F401
     except ImportError as error:
         raise NotImplementedError(
             f"needs the package tokamax, which needs Python 3.12 or newer: {error}"
         ) from error
-    return tokamax.dot_product_attention(q, k, v, implementation="mosaic")
