@@ -28,7 +28,7 @@ from kernels.dispatch import compiling_for
 from kernels.gpu import GPU, H100, SHARED_MEMORY
 from kernels.linear_attention import FeatureMap, gpu_tiles, linear_attention, pallas_gpu
 from kernels.linear_attention.gpu_tiles import KERNELS, Layer, TileConfig, Tiles
-from kernels.linear_attention.pallas_gpu_grid import interpreted
+from kernels.linear_attention.pallas_gpu_arithmetic import interpreted
 
 # Two programs a head, the last of which is in part or wholly past the end.
 TILES = TileConfig(**dict.fromkeys(KERNELS, Tiles(32, 2, 4, 2)))

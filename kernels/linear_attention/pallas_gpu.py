@@ -19,9 +19,8 @@ from kernels.dispatch import platform
 from kernels.gpu import target
 from kernels.linear_attention import checks, reference
 from kernels.linear_attention import pallas_gpu_kernels as bodies
-from kernels.linear_attention.gpu_tiles import Layer, TileConfig, choose, padded_features
-from kernels.linear_attention.pallas_gpu_grid import Grid
-from kernels.linear_attention.reference import TINY
+from kernels.linear_attention.gpu_tiles import Layer, TileConfig, choose
+from kernels.linear_attention.pallas_gpu_grid import Grid, Sum, add_up
 from kernels.linear_attention.types import FeatureMap, State
 
 if TYPE_CHECKING:
@@ -100,16 +99,9 @@ def _supported(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _state(k, v, weight, lengths, config) -> State:
-    features = weight.shape[2]
-    grid = Grid.of(k, features, config.state)
-    parts = grid.run(
-        bodies.state,
-        [k, v],
-        [_weight(k, weight)],
-        sums=_state_sums(features, k.shape[3]),
-        lengths=lengths,
-    )
-    return _state_of(parts, features)
+    grid = Grid.of(k, weight.shape[2], config.state)
+    parts = grid.run(bodies.state, [k, v], weight, sums=_state_sums(grid), lengths=lengths)
+    return _state_of(*add_up(parts), grid)
 
 
 def _state_forward(k, v, weight, lengths, config):
@@ -118,27 +110,25 @@ def _state_forward(k, v, weight, lengths, config):
 
 def _state_backward(config, saved, gradient: State):
     k, v, weight, lengths = saved
-    features = weight.shape[2]
     if config.state_backward is None:
         _, pull = jax.vjp(
             lambda *args: reference.linear_attention_state(*args, lengths), k, v, _maps(weight)
         )
         dk, dv, maps = pull(gradient)
         return dk, dv, maps.k, None
-    grid = Grid.of(k, features, config.state_backward)
+    grid = Grid.of(k, weight.shape[2], config.state_backward)
+    # Triton keeps an operand twice if it is used both ways round and was rounded in the kernel.
     dk, dv, dweight = grid.run(
         bodies.state_backward,
         [k, v],
-        [
-            _weight(k, weight),
-            *_halves(gradient.kv.astype(bodies.gradient_dtype(k.dtype)), features),
-            *_halves(gradient.mass, features),
-        ],
+        weight.astype(k.dtype),
+        gradient._replace(kv=gradient.kv.astype(bodies.gradient_dtype(k.dtype))),
         made=[grid.new_tokens(k.dtype), grid.new_tokens(v.dtype)],
-        sums=[(k.shape[3], padded_features(features))],
+        sums=[_weight_sum(grid)],
         lengths=lengths,
     )
-    return dk, dv, _dweight_of(dweight, features), None
+    (dweight,) = add_up([_batch_as_spans(dweight)])
+    return dk, dv, _dweight_of(dweight, grid), None
 
 
 _state.defvjp(_state_forward, _state_backward)
@@ -147,9 +137,7 @@ _state.defvjp(_state_forward, _state_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _apply(q, state: State, weight, config):
     grid = Grid.of(q, weight.shape[2], config.apply)
-    (out,) = grid.run(
-        bodies.apply, [q], _constants(q, state, weight), made=[grid.new_tokens(q.dtype)]
-    )
+    (out,) = grid.run(bodies.apply, [q], weight, state, made=[grid.new_tokens(q.dtype)])
     return out
 
 
@@ -159,25 +147,23 @@ def _apply_forward(q, state, weight, config):
 
 def _apply_backward(config, saved, dout):
     q, state, weight = saved
-    features, head_dim = weight.shape[2], q.shape[3]
     if config.query_backward is None or config.apply_backward is None:
         dq, state, maps = jax.vjp(reference.apply_state, q, state, _maps(weight))[1](dout)
         return dq, state, maps.q
-    grid = Grid.of(q, features, config.query_backward)
+    grid = Grid.of(q, weight.shape[2], config.query_backward)
     dq, inverse, dlog, dweight = grid.run(
         bodies.query_backward,
         [q, dout],
-        _constants(q, state, weight),
+        weight.astype(q.dtype),
+        state,
         made=[grid.new_tokens(q.dtype), grid.new_numbers(), grid.new_numbers()],
-        sums=[(head_dim, padded_features(features))],
+        sums=[_weight_sum(grid)],
     )
-    parts = Grid.of(q, features, config.apply_backward).run(
-        bodies.apply_backward,
-        [q, dout, inverse, dlog],
-        [_weight(q, weight)],
-        sums=_state_sums(features, head_dim),
+    parts = Grid.of(q, weight.shape[2], config.apply_backward).run(
+        bodies.apply_backward, [q, dout, inverse, dlog], weight, sums=_state_sums(grid)
     )
-    return dq, _state_of(parts, features), _dweight_of(dweight, features)
+    kv, mass, dweight = add_up([*parts, _batch_as_spans(dweight)])
+    return dq, _state_of(kv, mass, grid), _dweight_of(dweight, grid)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
@@ -188,41 +174,29 @@ def _maps(weight) -> FeatureMap:
     return FeatureMap(weight, weight)
 
 
-def _constants(q, state: State, weight) -> list[Array]:
-    """Weight, mean value of each feature (bounded by the values', unlike their sum), and mass."""
-    features = weight.shape[2]
-    mean = state.kv / jnp.maximum(state.mass, TINY)[..., None]
-    halves = [*_halves(mean.astype(q.dtype), features), *_halves(state.mass, features)]
-    return [_weight(q, weight), *halves]
+def _state_sums(grid: Grid) -> list[Sum]:
+    """A state as the kernels add it up: kv and mass, each of both signs."""
+    return [Sum(2, (grid.features, grid.head_dim)), Sum(2, (grid.features,), bodies.COLUMNS)]
 
 
-def _weight(x, weight) -> Array:
-    return _padded(weight.astype(x.dtype)[None], weight.shape[2], axis=3)
+def _weight_sum(grid: Grid) -> Sum:
+    return Sum(1, (grid.head_dim, grid.features))
 
 
-def _state_sums(features: int, head_dim: int) -> list[tuple[int, int]]:
-    """Shapes of a state as the kernels add it up: kv and mass, each of both signs."""
-    padded = padded_features(features)
-    return [(padded, head_dim)] * 2 + [(padded, bodies.COLUMNS)] * 2
+def _state_of(kv, mass, grid: Grid) -> State:
+    """The state from its sums, without what fills up the features."""
+    return State(
+        *(
+            x[:, :, :, : grid.used].reshape(*x.shape[:2], 2 * grid.used, *x.shape[4:])
+            for x in (kv, mass)
+        )
+    )
 
 
-def _state_of(parts, features: int) -> State:
-    """The state from programs' parts of `_state_sums`."""
-    up, down, up_mass, down_mass = (x[:, :, :, :features] for x in parts)
-    mass = [jnp.sum(x[..., 0], axis=1) for x in (up_mass, down_mass)]
-    kv = [jnp.sum(x, axis=1) for x in (up, down)]
-    return State(jnp.concatenate(kv, axis=2), jnp.concatenate(mass, axis=2))
+def _batch_as_spans(parts) -> Array:
+    """Parts of a sum that batch entries share."""
+    return parts.reshape(1, -1, *parts.shape[2:])
 
 
-def _dweight_of(parts, features: int) -> Array:
-    return jnp.sum(parts, axis=(0, 1))[..., :features]
-
-
-def _halves(x: Array, features: int) -> list[Array]:
-    """Features of each sign, `[batch, heads, padded features, ...]`."""
-    return [_padded(half, features, axis=2) for half in (x[:, :, :features], x[:, :, features:])]
-
-
-def _padded(x: Array, features: int, axis: int) -> Array:
-    missing = padded_features(features) - features
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+def _dweight_of(total, grid: Grid) -> Array:
+    return total[0, :, 0, :, : grid.used]

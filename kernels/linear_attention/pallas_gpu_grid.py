@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -13,21 +11,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.linear_attention.gpu_tiles import Tiles, padded_features
+from kernels.linear_attention.pallas_gpu_arithmetic import interpreting
+from kernels.linear_attention.types import State
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
-_interpreting = contextvars.ContextVar("interpreting", default=False)
 
+class Sum(NamedTuple):
+    """A sum over tokens, `[count, *shape]` a head.
 
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """GPU kernels traced inside are interpreted, on any platform."""
-    token = _interpreting.set(True)
-    try:
-        yield
-    finally:
-        _interpreting.reset(token)
+    columns: a program adds it up as so many equal columns; 0 as it is.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    columns: int = 0
+
+    @property
+    def accumulator(self) -> tuple[int, ...]:
+        return (*self.shape, self.columns) if self.columns else self.shape
 
 
 class Grid(NamedTuple):
@@ -68,28 +71,34 @@ class Grid(NamedTuple):
 
     def run(
         self,
-        body: Callable[..., Sequence[Array]],
+        body: Callable[..., Callable[..., Sequence[Array]]],
         tokens: Sequence[Array],
-        constants: Sequence[Array],
+        weight: Float[Array, "heads head_dim features"],
+        state: State | None = None,
         made: Sequence[jax.ShapeDtypeStruct] = (),
-        sums: Sequence[tuple[int, ...]] = (),
+        sums: Sequence[Sum] = (),
         lengths: Int32[Array, " batch"] | None = None,
     ) -> list[Array]:
-        """What `body` makes of each tile of tokens, and its sums over all tokens.
+        """What `body` makes of each tile of tokens, and its sums over the tokens of each program.
 
         tokens: `[batch, tokens, heads, head_dim]` or, numbers, `[batch, heads, tokens]`.
-        constants: a matrix or vector a head, `[batch or 1, heads, ...]`.
+        state: or its gradient, as the body wants.
         made: outputs, `new_tokens` or `new_numbers`.
-        sums: shapes of a head's; they come as `[batch, spans, heads, ...]`, float32, a part from
-        each program: no atomics, so that adding them up gives the same bits each time.
+        sums: they come as `[batch, spans, heads, count, *shape]`, float32, a part from each
+        program: no atomics, so that adding them up gives the same bits each time.
         lengths: how many tokens count in each batch entry; None for all.
         """
         parts = [
-            jax.ShapeDtypeStruct((self.batch, self.spans, self.heads, *shape), jnp.float32)
-            for shape in sums
+            jax.ShapeDtypeStruct(
+                (self.batch, self.spans, self.heads, x.count, *x.shape), jnp.float32
+            )
+            for x in sums
         ]
+        constants = self._constants(weight, state)
         operands = [*tokens, *constants, *([] if lengths is None else [lengths])]
-        kernel = self._kernel(body, len(tokens), constants, lengths is not None, len(made), sums)
+        kernel = self._kernel(
+            body, len(tokens), state is not None, lengths is not None, len(made), sums
+        )
         return pl.pallas_call(
             kernel,
             name=body.__name__,
@@ -98,23 +107,24 @@ class Grid(NamedTuple):
             compiler_params=plgpu.CompilerParams(
                 num_warps=self.tiles.num_warps, num_stages=self.tiles.num_stages
             ),
-            interpret=_interpreting.get(),
+            interpret=interpreting.get(),
         )(*operands)
 
-    def _kernel(self, body, num_tokens, constants, has_lengths, num_made, sums):
+    def _kernel(self, body, num_tokens, has_state, has_lengths, num_made, sums):
         tile = self.tiles.tokens
-        shared = [x.shape[0] == 1 for x in constants]
 
         def kernel(*refs):
             head, span, batch = (pl.program_id(i) for i in range(3))
-            inputs = num_tokens + len(constants)
-            token_refs, constant_refs = refs[:num_tokens], refs[num_tokens:inputs]
-            outputs = refs[inputs + has_lengths :]
-            end = plgpu.load(refs[inputs].at[batch]) if has_lengths else self.length
-            fixed = [
-                plgpu.load(ref.at[jnp.int32(0) if one else batch, head])
-                for ref, one in zip(constant_refs, shared, strict=True)
-            ]
+            token_refs, weight_ref, refs = refs[:num_tokens], refs[num_tokens], refs[num_tokens + 1 :]
+            halves, refs = refs[: 2 * has_state], refs[2 * has_state :]
+            kv, mass = (
+                [plgpu.load(x.at[batch, head, jnp.int32(i)]) for i in range(2)] for x in halves
+            ) if has_state else (None, None)
+            end, outputs = self.length, refs
+            if has_lengths:
+                end, outputs = plgpu.load(refs[0].at[batch]), refs[1:]
+            weight = plgpu.load(weight_ref.at[head]).astype(token_refs[0].dtype)
+            of_tile = body(weight, kv, mass, self.used)
 
             def step(i, totals):
                 start = (span * self.steps + i) * tile
@@ -135,13 +145,64 @@ class Grid(NamedTuple):
                     where, mask = part(outputs[which], self.length)
                     plgpu.store(where, x.astype(where.dtype), mask=mask)
 
-                seen = [load(ref) for ref in token_refs]
-                return body((row < end)[:, None], store, seen, fixed, totals, self.used)
+                return of_tile(row < end, store, [load(ref) for ref in token_refs], totals)
 
-            zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in sums)
-            totals = jax.lax.fori_loop(0, self.steps, step, zeros)
-            for ref, total in zip(outputs[num_made:], totals, strict=True):
-                plgpu.store(ref.at[batch, span, head], total)
+            accumulators = [x for x in sums for _ in range(x.count)]
+            zeros = tuple(jnp.zeros(x.accumulator, jnp.float32) for x in accumulators)
+            totals = iter(jax.lax.fori_loop(0, self.steps, step, zeros))
+            for ref, x in zip(outputs[num_made:], sums, strict=True):
+                for i in range(x.count):
+                    total = next(totals)
+                    total = jnp.max(total, axis=1) if x.columns else total
+                    plgpu.store(ref.at[batch, span, head, jnp.int32(i)], total)
 
         kernel.__name__ = body.__name__
         return kernel
+
+    def _constants(self, weight, state):
+        """As a kernel reads them: each sign's features filled up with zeros."""
+        missing = self.features - self.used
+
+        def filled(x, axis):
+            return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+        halves = [x.reshape(*x.shape[:2], 2, self.used, *x.shape[3:]) for x in state or ()]
+        return [filled(weight, 2), *(filled(x, 3) for x in halves)]
+
+
+def add_up(parts: Sequence[Float[Array, "batch spans *shape"]]) -> list[Float[Array, "batch *shape"]]:
+    """Sums over axis 1 of several arrays by one kernel, each in order."""
+    block, at_once = 512, 8
+    flat = [x.reshape(*x.shape[:2], -1) for x in parts]
+
+    def kernel(*refs):
+        i, batch = pl.program_id(0), pl.program_id(1)
+        column = i * block + jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
+        for source, total in zip(refs[: len(flat)], refs[len(flat) :], strict=True):
+            entries, spans, size = source.shape
+            mask = (column < size) & (batch < entries)
+            columns = pl.ds(i * block, block)
+
+            def some(j, sums, source=source, spans=spans, mask=mask, columns=columns):
+                spans_of = [j * at_once + n for n in range(at_once)]
+                found = [
+                    plgpu.load(source.at[batch, span, columns], mask=mask & (span < spans), other=0)
+                    for span in spans_of
+                ]
+                for x in found:
+                    sums = sums + x
+                return sums
+
+            zeros = jnp.zeros(block, jnp.float32)
+            sums = jax.lax.fori_loop(0, pl.cdiv(spans, at_once), some, zeros)
+            plgpu.store(total.at[batch, columns], sums, mask=mask)
+
+    totals = pl.pallas_call(
+        kernel,
+        name="add_up",
+        out_shape=[jax.ShapeDtypeStruct((x.shape[0], x.shape[2]), jnp.float32) for x in flat],
+        grid=(max(pl.cdiv(x.shape[2], block) for x in flat), max(x.shape[0] for x in flat)),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpreting.get(),
+    )(*flat)
+    return [x.reshape(y.shape[0], *y.shape[2:]) for x, y in zip(totals, parts, strict=True)]

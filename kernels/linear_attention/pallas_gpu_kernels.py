@@ -1,13 +1,15 @@
 """Bodies of the GPU kernels: each sees one tile of tokens of one head, in registers.
 
-Arrays of tokens are `[tile, head_dim]`, numbers of tokens `[tile]`, both zero where `valid` is
-false; `weight` is `[head_dim, features]`; `mass` and `dmass` are pairs of `[features]`, `mean` and
-`dkv` pairs of `[features, head_dim]`, one for each sign of the logits. `features` is a power of
-two; columns from `used` on fill it up, and their features are zero. Products take 16-bit operands
-as they are and float32 unrounded, accumulate in float32, and all between them is float32.
-A body stores what it makes of the tile's tokens by `store(which output, value)`, as early as it
-can to free registers, and returns its sums with the tile's part added. docs/kernels.md has the
-formulas.
+A body is made once a program, of what stays the same for all its tiles: `weight`, `[head_dim,
+features]` in the tokens' dtype, and the pairs `kv`, `[features, head_dim]`, and `mass`,
+`[features]`, of a state or its gradient in float32, one for each sign of the logits. `features` is
+a power of two; columns from `used` on fill it up, and their features are zero.
+
+It returns a function of a tile: arrays of tokens are `[tile, head_dim]`, numbers of tokens
+`[tile]`, both zero where `valid`, `[tile]`, is false. That one stores what it makes of the tile's
+tokens by `store(which output, value)`, as early as it can to free registers, and returns its sums
+with the tile's part added. Products take 16-bit operands as they are and float32 unrounded,
+accumulate in float32, and all between them is float32. docs/kernels.md has the formulas.
 """
 
 from __future__ import annotations
@@ -15,96 +17,131 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.linear_attention.reference import EPSILON
+from kernels.linear_attention.pallas_gpu_arithmetic import exp2, multiply_add
+from kernels.linear_attention.reference import EPSILON, TINY
 
 LOG2_E = 1.4426950408889634
 # Columns of a sum over tokens that is taken by the matrix unit: the least of a product.
 COLUMNS = 16
 
 
-def state(valid, store, tokens, constants, sums, used):
+def state(weight, kv, mass, used):
     """Adds the tile's phi(k)^T v and its sum of phi(k)."""
-    k, v = tokens
-    (weight,) = constants
-    features = _features(_dot(k, weight, 1, 0), used)
-    phi = [jnp.where(valid, x, 0).astype(k.dtype) for x in features]
-    return _added(sums, phi, v, jnp.ones(k.shape[0], jnp.float32))
+
+    def tile(valid, store, tokens, sums):
+        k, v = tokens
+        powers, scales = _softmaxes(_dot(k, weight, 1, 0), used)
+        phi = [
+            (x * jnp.where(valid, scale, 0)[:, None]).astype(k.dtype)
+            for x, scale in zip(powers, scales, strict=True)
+        ]
+        return _added(sums, phi, v, jnp.ones(k.shape[0], jnp.float32))
+
+    return tile
 
 
-def apply(valid, store, tokens, constants, sums, used):
+def apply(weight, kv, mass, used):
     """Mixes the features' mean values by the tile's queries."""
-    (q,) = tokens
-    weight, *mean_and_mass = constants
-    mean, mass = mean_and_mass[:2], mean_and_mass[2:]
-    features = _features(_dot(q, weight, 1, 0), used)
-    inverse = (1 / _denominator(features, mass))[:, None]
-    shares = [x * (m[None, :] * inverse) for x, m in zip(features, mass, strict=True)]
-    parts = [_dot(x.astype(q.dtype), y, 1, 0) for x, y in zip(shares, mean, strict=True)]
-    store(0, parts[0] + parts[1])
-    return ()
+    mean = _mean(kv, mass, weight.dtype)
+
+    def tile(valid, store, tokens, sums):
+        (q,) = tokens
+        powers, scales = _softmaxes(_dot(q, weight, 1, 0), used)
+        shares = [x * m[None, :] for x, m in zip(powers, mass, strict=True)]
+        inverse = 1 / _denominator(shares, scales)
+        parts = [
+            _dot((x * (scale * inverse)[:, None]).astype(q.dtype), y, 1, 0)
+            for x, scale, y in zip(shares, scales, mean, strict=True)
+        ]
+        store(0, parts[0] + parts[1])
+        return ()
+
+    return tile
 
 
-def query_backward(valid, store, tokens, constants, sums, used):
+def query_backward(weight, kv, mass, used):
     """Gradient of the tile's queries; adds that of the weight.
 
     Stores what `apply_backward` needs: 1 / denominator, and the gradient of its logarithm.
     """
-    q, dout = tokens
-    weight, *mean_and_mass = constants
-    mean, mass = mean_and_mass[:2], mean_and_mass[2:]
-    (dweight,) = sums
-    dtype = gradient_dtype(q.dtype)
-    features = _features(_dot(q, weight, 1, 0), used)
-    denominator = _denominator(features, mass)
-    inverse = 1 / denominator
-    store(1, inverse)
-    # Rounded here, so that they take half the registers until the end.
-    phi = [(x * inverse[:, None]).astype(dtype) for x in features]
-    weights = [x.astype(jnp.float32) * m[None, :] for x, m in zip(phi, mass, strict=True)]
-    dshares = [_dot(dout, y, 1, 1) for y in mean]
-    expected = sum(jnp.sum(x * y, axis=1) for x, y in zip(weights, dshares, strict=True))
-    store(2, -expected)
-    # phi times its gradient.
-    products = [x * (y - expected[:, None]) for x, y in zip(weights, dshares, strict=True)]
-    up, down = (
-        p - x.astype(jnp.float32) * (jnp.sum(p, axis=1) * denominator)[:, None]
-        for x, p in zip(phi, products, strict=True)
-    )
-    dz = (up - down).astype(dtype)
-    store(0, _dot(dz, weight.astype(dtype), 1, 1))
-    return (dweight + _dot(q.astype(dtype), dz, 0, 0),)
+    mean = _mean(kv, mass, weight.dtype)
+    dtype = gradient_dtype(weight.dtype)
+    weight_of_gradients = weight.astype(dtype)
+
+    def tile(valid, store, tokens, sums):
+        q, dout = tokens
+        (dweight,) = sums
+        powers, scales = _softmaxes(_dot(q, weight, 1, 0), used)
+        totals = [
+            scale * jnp.sum(x * m[None, :], axis=1)
+            for x, m, scale in zip(powers, mass, scales, strict=True)
+        ]
+        inverse = 1 / (totals[0] + totals[1] + EPSILON)
+        store(1, inverse)
+        # A share is power x mass x factor; shares sum to one over both signs.
+        factors = [scale * inverse for scale in scales]
+        dshares = [_dot(dout, y, 1, 1) for y in mean]
+        expected = [
+            factor * jnp.sum(x * m[None, :] * y, axis=1)
+            for factor, x, m, y in zip(factors, powers, mass, dshares, strict=True)
+        ]
+        both = expected[0] + expected[1]
+        store(2, -both)
+        dz = None
+        for i, sign in enumerate((1.0, -1.0)):
+            # Sum over this sign's features of share x (its gradient - the expected one).
+            surplus = expected[i] - both * totals[i] * inverse
+            slope, offset = sign * factors[i], -sign * factors[i] * both
+            y = multiply_add(dshares[i], slope[:, None], offset[:, None])
+            y = multiply_add(y, mass[i][None, :], (-sign * scales[i] * surplus)[:, None])
+            dz = powers[i] * y if dz is None else multiply_add(powers[i], y, dz)
+        dz = dz.astype(dtype)
+        store(0, _dot(dz, weight_of_gradients, 1, 1))
+        return (dweight + _dot(q.astype(dtype), dz, 0, 0),)
+
+    return tile
 
 
-def apply_backward(valid, store, tokens, constants, sums, used):
+def apply_backward(weight, kv, mass, used):
     """Adds the gradient of the state: `state` with weights 1 / denominator."""
-    q, dout, inverse, dlog = tokens
-    (weight,) = constants
-    dtype = gradient_dtype(q.dtype)
-    features = _features(_dot(q, weight, 1, 0), used)
-    phi = [(x * inverse[:, None]).astype(dtype) for x in features]
-    return _added(sums, phi, dout.astype(dtype), dlog)
+    dtype = gradient_dtype(weight.dtype)
+
+    def tile(valid, store, tokens, sums):
+        q, dout, inverse, dlog = tokens
+        powers, scales = _softmaxes(_dot(q, weight, 1, 0), used)
+        phi = [
+            (x * (scale * inverse)[:, None]).astype(dtype)
+            for x, scale in zip(powers, scales, strict=True)
+        ]
+        return _added(sums, phi, dout.astype(dtype), dlog)
+
+    return tile
 
 
-def state_backward(valid, store, tokens, constants, sums, used):
-    """Gradients of the tile's keys and values; adds that of the weight."""
-    k, v = tokens
-    weight, *dkv_and_dmass = constants
-    dkv, dmass = dkv_and_dmass[:2], dkv_and_dmass[2:]
-    (dweight,) = sums
-    dtype = gradient_dtype(k.dtype)
-    features = _features(_dot(k, weight, 1, 0), used)
-    phi = [jnp.where(valid, x, 0).astype(dtype) for x in features]
-    values = v.astype(dtype)
-    dz = []
-    for x, dy, dm in zip(phi, dkv, dmass, strict=True):
-        wide = x.astype(jnp.float32)
-        product = wide * (_dot(values, dy, 1, 1) + dm[None, :])
-        dz.append(product - wide * jnp.sum(product, axis=1)[:, None])
-    dz = (dz[0] - dz[1]).astype(dtype)
-    dv = [_dot(x, dy, 1, 0) for x, dy in zip(phi, dkv, strict=True)]
-    store(1, dv[0] + dv[1])
-    store(0, _dot(dz, weight.astype(dtype), 1, 1))
-    return (dweight + _dot(k.astype(dtype), dz, 0, 0),)
+def state_backward(weight, kv, mass, used):
+    """Gradients of the tile's keys and values; adds that of the weight. kv, mass: gradients."""
+    dtype = gradient_dtype(weight.dtype)
+    dkv = [x.astype(dtype) for x in kv]
+    weight_of_gradients = weight.astype(dtype)
+
+    def tile(valid, store, tokens, sums):
+        k, v = tokens
+        (dweight,) = sums
+        powers, scales = _softmaxes(_dot(k, weight, 1, 0), used)
+        values = v.astype(dtype)
+        rounded, dz = [], []
+        for x, scale, dy, dm in zip(powers, scales, dkv, mass, strict=True):
+            phi = x * jnp.where(valid, scale, 0)[:, None]
+            dphi = _dot(values, dy, 1, 1) + dm[None, :]
+            rounded.append(phi.astype(dtype))
+            dz.append(phi * (dphi - jnp.sum(phi * dphi, axis=1)[:, None]))
+        dz = (dz[0] - dz[1]).astype(dtype)
+        dv = [_dot(x, dy, 1, 0) for x, dy in zip(rounded, dkv, strict=True)]
+        store(1, dv[0] + dv[1])
+        store(0, _dot(dz, weight_of_gradients, 1, 1))
+        return (dweight + _dot(k.astype(dtype), dz, 0, 0),)
+
+    return tile
 
 
 def gradient_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -112,20 +149,28 @@ def gradient_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.bfloat16 if dtype == jnp.float16 else dtype
 
 
-def _features(z, used):
-    """softmax(z) and softmax(-z), over the first `used` columns."""
+def _softmaxes(z, used):
+    """softmax(z) and softmax(-z) over the first `used` columns: powers, and what scales each row.
+
+    The greatest power of a row is one.
+    """
     high = low = z
     if used < z.shape[1]:
         fits = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) < used
         high, low = jnp.where(fits, z, -jnp.inf), jnp.where(fits, z, jnp.inf)
-    top, bottom = jnp.max(high, axis=1) * LOG2_E, jnp.min(low, axis=1) * LOG2_E
-    up = jnp.exp2(high * LOG2_E - top[:, None])
-    down = jnp.exp2(bottom[:, None] - low * LOG2_E)
-    return [x * (1 / jnp.sum(x, axis=1))[:, None] for x in (up, down)]
+    top, bottom = jnp.max(high, axis=1) * -LOG2_E, jnp.min(low, axis=1) * LOG2_E
+    up = exp2(multiply_add(high, jnp.float32(LOG2_E), top[:, None]))
+    down = exp2(multiply_add(low, jnp.float32(-LOG2_E), bottom[:, None]))
+    return [up, down], [1 / jnp.sum(x, axis=1) for x in (up, down)]
 
 
-def _denominator(features, mass):
-    parts = (jnp.sum(x * m[None, :], axis=1) for x, m in zip(features, mass, strict=True))
+def _mean(kv, mass, dtype):
+    """Mean value of each feature: bounded by the values', unlike their sum."""
+    return [(x / jnp.maximum(m, TINY)[:, None]).astype(dtype) for x, m in zip(kv, mass, strict=True)]
+
+
+def _denominator(weighted, scales):
+    parts = (scale * jnp.sum(x, axis=1) for x, scale in zip(weighted, scales, strict=True))
     return sum(parts) + EPSILON
 
 
