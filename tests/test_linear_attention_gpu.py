@@ -107,9 +107,10 @@ def test_lowered_for_cuda_features_never_reach_main_memory(sizes):
     program = with_gradients(linear_attention)
     text = lower_for_gpu(program, x, x, x, FeatureMap(weight, weight), x).as_text()
     names = re.findall(r'xla\.gpu\.triton.*?\\?name\\?"? = \\?"(\w+)', text)
-    assert sorted(names) == sorted(KERNELS)
+    assert sorted(names) == sorted([*KERNELS, *["add_up"] * 3])
     found = {tuple(map(int, x.split("x")[:-1])) for x in re.findall(r"tensor<([\dx]+x)\w+>", text)}
-    large = {x for x in found if math.prod(x) >= tokens * 128}
+    # Programs' parts of a state are together about as large as one head's features.
+    large = {x for x in found if math.prod(x) >= 2 * tokens * 128}
     assert large == {shape}
 
 
@@ -130,8 +131,6 @@ def test_default_tiles_fit_every_chip(gpu):
 
 def test_stored_tiles_are_taken_where_they_are_nearest(tmp_path, monkeypatch):
     layer = Layer("bfloat16", 128, 64, 12, 32_760)
-    default = gpu_tiles.default(H100, layer)
-    assert gpu_tiles.choose(H100, layer) == default  # nothing is stored in the repository yet
     entries = [
         gpu_tiles.entry(gpu, layer._replace(heads=heads), TileConfig(**dict.fromkeys(KERNELS, t)))
         for gpu, heads, t in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,10 @@ from kernels.linear_attention.types import State
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
+
+
+# Numbers that a program of `add_up` makes, and how many parts of each it has in flight.
+ADDED, LOADED = 512, 8
 
 
 class Sum(NamedTuple):
@@ -115,14 +120,16 @@ class Grid(NamedTuple):
 
         def kernel(*refs):
             head, span, batch = (pl.program_id(i) for i in range(3))
-            token_refs, weight_ref, refs = refs[:num_tokens], refs[num_tokens], refs[num_tokens + 1 :]
-            halves, refs = refs[: 2 * has_state], refs[2 * has_state :]
-            kv, mass = (
+            refs = iter(refs)
+            token_refs = list(itertools.islice(refs, num_tokens))
+            weight_ref = next(refs)
+            halves = list(itertools.islice(refs, 2 * has_state))
+            end = plgpu.load(next(refs).at[batch]) if has_lengths else self.length
+            outputs = list(refs)
+            pairs = [  # of both signs
                 [plgpu.load(x.at[batch, head, jnp.int32(i)]) for i in range(2)] for x in halves
-            ) if has_state else (None, None)
-            end, outputs = self.length, refs
-            if has_lengths:
-                end, outputs = plgpu.load(refs[0].at[batch]), refs[1:]
+            ]
+            kv, mass = pairs or (None, None)
             weight = plgpu.load(weight_ref.at[head]).astype(token_refs[0].dtype)
             of_tile = body(weight, kv, mass, self.used)
 
@@ -170,39 +177,39 @@ class Grid(NamedTuple):
         return [filled(weight, 2), *(filled(x, 3) for x in halves)]
 
 
-def add_up(parts: Sequence[Float[Array, "batch spans *shape"]]) -> list[Float[Array, "batch *shape"]]:
-    """Sums over axis 1 of several arrays by one kernel, each in order."""
-    block, at_once = 512, 8
+def add_up(parts: Sequence[Array]) -> list[Array]:
+    """Sums of several arrays `[batch, spans, ...]` over spans, float32, in order, by one kernel."""
     flat = [x.reshape(*x.shape[:2], -1) for x in parts]
 
     def kernel(*refs):
-        i, batch = pl.program_id(0), pl.program_id(1)
-        column = i * block + jax.lax.broadcasted_iota(jnp.int32, (block,), 0)
+        block, batch = pl.program_id(0), pl.program_id(1)
+        columns = pl.ds(block * ADDED, ADDED)
+        column = block * ADDED + jax.lax.broadcasted_iota(jnp.int32, (ADDED,), 0)
         for source, total in zip(refs[: len(flat)], refs[len(flat) :], strict=True):
-            entries, spans, size = source.shape
-            mask = (column < size) & (batch < entries)
-            columns = pl.ds(i * block, block)
-
-            def some(j, sums, source=source, spans=spans, mask=mask, columns=columns):
-                spans_of = [j * at_once + n for n in range(at_once)]
-                found = [
-                    plgpu.load(source.at[batch, span, columns], mask=mask & (span < spans), other=0)
-                    for span in spans_of
-                ]
-                for x in found:
-                    sums = sums + x
-                return sums
-
-            zeros = jnp.zeros(block, jnp.float32)
-            sums = jax.lax.fori_loop(0, pl.cdiv(spans, at_once), some, zeros)
-            plgpu.store(total.at[batch, columns], sums, mask=mask)
+            inside = (column < source.shape[2]) & (batch < source.shape[0])
+            sums = _total(source, batch, columns, inside)
+            plgpu.store(total.at[batch, columns], sums, mask=inside)
 
     totals = pl.pallas_call(
         kernel,
         name="add_up",
         out_shape=[jax.ShapeDtypeStruct((x.shape[0], x.shape[2]), jnp.float32) for x in flat],
-        grid=(max(pl.cdiv(x.shape[2], block) for x in flat), max(x.shape[0] for x in flat)),
+        grid=(max(pl.cdiv(x.shape[2], ADDED) for x in flat), max(x.shape[0] for x in flat)),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpreting.get(),
     )(*flat)
     return [x.reshape(y.shape[0], *y.shape[2:]) for x, y in zip(totals, parts, strict=True)]
+
+
+def _total(source, batch, columns, inside):
+    """Of these columns over spans, some of which are loaded together."""
+
+    def add(i, total):
+        spans = [i * LOADED + n for n in range(LOADED)]
+        where = [source.at[batch, span, columns] for span in spans]
+        masks = [inside & (span < source.shape[1]) for span in spans]
+        loaded = [plgpu.load(x, mask=y, other=0) for x, y in zip(where, masks, strict=True)]
+        return sum(loaded, total)
+
+    zeros = jnp.zeros(ADDED, jnp.float32)
+    return jax.lax.fori_loop(0, pl.cdiv(source.shape[1], LOADED), add, zeros)

@@ -23,6 +23,7 @@ from kernels.linear_attention.reference import EPSILON, TINY
 LOG2_E = 1.4426950408889634
 # Columns of a sum over tokens that is taken by the matrix unit: the least of a product.
 COLUMNS = 16
+SIGNS = (1.0, -1.0)  # of the logits, in order
 
 
 def state(weight, kv, mass, used):
@@ -31,11 +32,8 @@ def state(weight, kv, mass, used):
     def tile(valid, store, tokens, sums):
         k, v = tokens
         powers, scales = _softmaxes(_dot(k, weight, 1, 0), used)
-        phi = [
-            (x * jnp.where(valid, scale, 0)[:, None]).astype(k.dtype)
-            for x, scale in zip(powers, scales, strict=True)
-        ]
-        return _added(sums, phi, v, jnp.ones(k.shape[0], jnp.float32))
+        phi = [(x * y[:, None]).astype(k.dtype) for x, y in zip(powers, scales, strict=True)]
+        return _added(sums, phi, v, valid.astype(jnp.float32))
 
     return tile
 
@@ -48,7 +46,8 @@ def apply(weight, kv, mass, used):
         (q,) = tokens
         powers, scales = _softmaxes(_dot(q, weight, 1, 0), used)
         shares = [x * m[None, :] for x, m in zip(powers, mass, strict=True)]
-        inverse = 1 / _denominator(shares, scales)
+        totals = [scale * jnp.sum(x, axis=1) for x, scale in zip(shares, scales, strict=True)]
+        inverse = 1 / (totals[0] + totals[1] + EPSILON)
         parts = [
             _dot((x * (scale * inverse)[:, None]).astype(q.dtype), y, 1, 0)
             for x, scale, y in zip(shares, scales, mean, strict=True)
@@ -64,8 +63,8 @@ def query_backward(weight, kv, mass, used):
 
     Stores what `apply_backward` needs: 1 / denominator, and the gradient of its logarithm.
     """
-    mean = _mean(kv, mass, weight.dtype)
     dtype = gradient_dtype(weight.dtype)
+    kv = [x.astype(dtype) for x in kv]
     weight_of_gradients = weight.astype(dtype)
 
     def tile(valid, store, tokens, sums):
@@ -78,23 +77,21 @@ def query_backward(weight, kv, mass, used):
         ]
         inverse = 1 / (totals[0] + totals[1] + EPSILON)
         store(1, inverse)
-        # A share is power x mass x factor; shares sum to one over both signs.
-        factors = [scale * inverse for scale in scales]
-        dshares = [_dot(dout, y, 1, 1) for y in mean]
-        expected = [
-            factor * jnp.sum(x * m[None, :] * y, axis=1)
-            for factor, x, m, y in zip(factors, powers, mass, dshares, strict=True)
-        ]
+        # A share is power x mass x factor. The shares of both signs sum to one.
+        factors, dout = [x * inverse for x in scales], dout.astype(dtype)
+        dz, expected = 0.0, []
+        for i, sign in enumerate(SIGNS):
+            product = powers[i] * _dot(dout, kv[i], 1, 1)
+            expected.append(factors[i] * jnp.sum(product, axis=1))
+            dz = multiply_add(product, (sign * factors[i])[:, None], dz)
         both = expected[0] + expected[1]
         store(2, -both)
-        dz = None
-        for i, sign in enumerate((1.0, -1.0)):
+        for i, sign in enumerate(SIGNS):
             # Sum over this sign's features of share x (its gradient - the expected one).
             surplus = expected[i] - both * totals[i] * inverse
-            slope, offset = sign * factors[i], -sign * factors[i] * both
-            y = multiply_add(dshares[i], slope[:, None], offset[:, None])
-            y = multiply_add(y, mass[i][None, :], (-sign * scales[i] * surplus)[:, None])
-            dz = powers[i] * y if dz is None else multiply_add(powers[i], y, dz)
+            slope, offset = -sign * factors[i] * both, -sign * scales[i] * surplus
+            change = multiply_add(mass[i][None, :], slope[:, None], offset[:, None])
+            dz = multiply_add(powers[i], change, dz)
         dz = dz.astype(dtype)
         store(0, _dot(dz, weight_of_gradients, 1, 1))
         return (dweight + _dot(q.astype(dtype), dz, 0, 0),)
@@ -129,13 +126,14 @@ def state_backward(weight, kv, mass, used):
         (dweight,) = sums
         powers, scales = _softmaxes(_dot(k, weight, 1, 0), used)
         values = v.astype(dtype)
-        rounded, dz = [], []
-        for x, scale, dy, dm in zip(powers, scales, dkv, mass, strict=True):
-            phi = x * jnp.where(valid, scale, 0)[:, None]
-            dphi = _dot(values, dy, 1, 1) + dm[None, :]
+        rounded, dz = [], 0.0
+        for i, sign in enumerate(SIGNS):
+            phi = powers[i] * jnp.where(valid, scales[i], 0)[:, None]
+            product = phi * (_dot(values, dkv[i], 1, 1) + mass[i][None, :])
+            total = jnp.sum(product, axis=1)
             rounded.append(phi.astype(dtype))
-            dz.append(phi * (dphi - jnp.sum(phi * dphi, axis=1)[:, None]))
-        dz = (dz[0] - dz[1]).astype(dtype)
+            dz = multiply_add(phi, (-sign * total)[:, None], dz + sign * product)
+        dz = dz.astype(dtype)
         dv = [_dot(x, dy, 1, 0) for x, dy in zip(rounded, dkv, strict=True)]
         store(1, dv[0] + dv[1])
         store(0, _dot(dz, weight_of_gradients, 1, 1))
@@ -166,12 +164,10 @@ def _softmaxes(z, used):
 
 def _mean(kv, mass, dtype):
     """Mean value of each feature: bounded by the values', unlike their sum."""
-    return [(x / jnp.maximum(m, TINY)[:, None]).astype(dtype) for x, m in zip(kv, mass, strict=True)]
-
-
-def _denominator(weighted, scales):
-    parts = (scale * jnp.sum(x, axis=1) for x, scale in zip(weighted, scales, strict=True))
-    return sum(parts) + EPSILON
+    return [
+        (x * (1 / jnp.maximum(m, TINY))[:, None]).astype(dtype)
+        for x, m in zip(kv, mass, strict=True)
+    ]
 
 
 def _added(sums, phi, values, numbers):
