@@ -29,6 +29,7 @@ from kernels.gpu import GPU, H100, SHARED_MEMORY
 from kernels.linear_attention import FeatureMap, gpu_tiles, linear_attention, pallas_gpu
 from kernels.linear_attention.gpu_tiles import KERNELS, Layer, TileConfig, Tiles
 from kernels.linear_attention.pallas_gpu_arithmetic import interpreted
+from kernels.linear_attention.pallas_gpu_grid import add_up
 
 # Two programs a head, the last of which is in part or wholly past the end.
 TILES = TileConfig(**dict.fromkeys(KERNELS, Tiles(32, 2, 4, 2)))
@@ -95,6 +96,17 @@ def test_gradients_without_tiles_are_the_references():
     forward = TileConfig(TILES.state, TILES.apply, None, None, None)
     ours = with_gradients(lambda *args: pallas_gpu.linear_attention(*args, config=forward), **QUICK)
     assert_near(ours(*given), in_float32(*given), jnp.float32)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_parts_of_several_sums_are_added_up_together():
+    """Neither parts nor numbers fill what is loaded at once; the batch differs."""
+    rng = np.random.default_rng(0)
+    parts = [
+        rng.normal(size=x).astype(np.float32) for x in ((2, 11, 3, 250), (1, 17, 40), (2, 1, 7))
+    ]
+    for ours, given in zip(add_up(parts), parts, strict=True):
+        np.testing.assert_allclose(ours, given.sum(axis=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(32_760, 12), (75_600, 40)])
