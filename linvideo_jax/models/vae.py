@@ -251,14 +251,14 @@ class WanVAE(nnx.Module):
         return self.decoder(latents, history).astype(jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="past")
 def _encode_step(config, params, video, past, dtype):
     history = History(past)
     moments = bind(WanVAE, config, params).encode_piece(video, history, dtype)
     return moments, history.present
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="past")
 def _decode_step(config, params, latents, past, dtype):
     history = History(past)
     video = bind(WanVAE, config, params).decode_piece(latents, history, dtype)
