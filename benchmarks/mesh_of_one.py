@@ -1,6 +1,6 @@
 """What the code for meshes costs on one device: part of benchmarks/latency.py.
 
-A run on one device leaves that code out (`parallel.layout.layout_of`); here it is used all the same.
+A run on one device leaves that code out (`parallel.layout.layout_of`); here it is used.
 """
 
 from collections.abc import Callable
