@@ -39,9 +39,10 @@ from absl import flags
 from benchmarks import convert_memory, measure, random_checkpoint
 from linvideo_jax import checkpoints, command_line, folders, parts, pipeline, turns
 from linvideo_jax.flow import grids
+from linvideo_jax.metrics import likeness
 from linvideo_jax.models import module, registry
 from linvideo_jax.models.registry import ModelSizes
-from linvideo_jax.models.vae import WanVAE
+from linvideo_jax.models.vae import WanVAE, pixels
 from linvideo_jax.models.vae_tiles import decode_tiles
 from linvideo_jax.models.wan import TEXT_TOKENS, WanTransformer
 
@@ -163,19 +164,18 @@ def vae_part(sizes: Scale, folder: Path) -> dict[str, Any]:
     made = {}
     # The least memory first: so its peak is read off exactly.
     for name, decode in (
-        ("tiles", lambda: decode_tiles(vae, latents, *sizes.tile, sizes.dtype)),
-        ("whole", lambda: np.asarray(vae.decode_chunks(latents, sizes.dtype))),
+        ("tiles", lambda: pixels(decode_tiles(vae, latents, *sizes.tile, sizes.dtype))),
+        ("whole", lambda: np.asarray(vae.decode_pixels(latents, sizes.dtype))),
     ):
         for when in ("first", "warm"):
             with stages(f"{name}, {when}"):
                 made[name] = decode()
     with stages("float32, first"):
-        made["float32"] = np.asarray(vae.decode_chunks(latents))
+        made["float32"] = np.asarray(vae.decode_pixels(latents))
     figures: dict[str, Any] = {"stages": stages.figures}
-    difference = np.abs(made["tiles"] - made["whole"])
-    figures["tiles_largest_difference_of_255"] = 127.5 * float(difference.max())
-    error = np.mean(np.square((made["whole"] - made["float32"]).astype(np.float64)))
-    figures["whole_psnr_db"] = float(10 * np.log10(4 / error))
+    made = {name: clip.astype(np.float32) for name, clip in made.items()}
+    figures["tiles_largest_difference_of_255"] = float(np.abs(made["tiles"] - made["whole"]).max())
+    figures["whole_psnr_db"] = likeness.psnr(made["whole"], made["float32"])
     peak = stages.figures["whole, warm"]["peak_bytes"]
     return figures | {"whole_within_goal": measure.within(peak, VAE_GOAL)}
 

@@ -210,7 +210,7 @@ class Benchmark:
             latents = jax.random.normal(jax.random.key(0), (1, *size.shape))
             for dtype in (jnp.float32, jnp.bfloat16):
                 name = f"VAE decode, {jnp.dtype(dtype)}, {size.name}"
-                decode = partial(vae.decode_chunks, latents, dtype)
+                decode = partial(vae.decode_pixels, latents, dtype)
                 runs[name] = lambda decode=decode: jax.block_until_ready(decode())
         figures |= measure.interleaved(runs, max(1, self.rounds // 2))
         moves = {size.name: partial(_move, size.models.transformer, self.dtype) for size in sizes}

@@ -15,7 +15,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.metrics.flops import video_tokens
 from linvideo_jax.models.module import Params, bind
-from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
+from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize, pixels
 from linvideo_jax.models.vae_tiles import decode_tiles
 from linvideo_jax.models.wan import (
     LINEAR,
@@ -162,14 +162,14 @@ def latent_shape(
             f"{num_frames} frames are {frames} latent frames, which patches of "
             f"{wan.patch_size[0]} do not divide: choose another num_frames."
         )
-    for name, pixels, patch in (
+    for name, side, patch in (
         ("height", height, wan.patch_size[1]),
         ("width", width, wan.patch_size[2]),
     ):
-        if pixels % (spatial * patch):
+        if side % (spatial * patch):
             raise UserError(
-                f"{name} is {pixels}, but it must be divisible by {spatial * patch}: "
-                f"choose {max(1, round(pixels / (spatial * patch))) * spatial * patch}."
+                f"{name} is {side}, but it must be divisible by {spatial * patch}: "
+                f"choose {max(1, round(side / (spatial * patch))) * spatial * patch}."
             )
     return frames, height // spatial, width // spatial, wan.in_channels
 
@@ -397,6 +397,6 @@ class Pipeline:
         if self._placement and not tiling:
             latents, params = pictures.placed(latents, params, self._placement.mesh)
         vae = bind(WanVAE, config, params)
-        decode = partial(decode_tiles, vae) if tiling else vae.decode_chunks
-        video = decode(latents, dtype=self.dtype)
-        return np.asarray(jnp.round((video + 1) * 127.5).astype(jnp.uint8))
+        if tiling:
+            return pixels(decode_tiles(vae, latents, dtype=self.dtype))
+        return np.asarray(vae.decode_pixels(latents, self.dtype))
