@@ -19,6 +19,7 @@ from absl import flags
 from linvideo_jax import (
     command_line,
     compiled_programs,
+    device_memory,
     folders,
     generate,
     pipeline,
@@ -93,6 +94,7 @@ def sample(argv: Sequence[str]) -> None:
     folders.check_writable(out, "--out")
 
     compiled_programs.keep_on_disk()
+    device_memory.take_most_of_a_gpu()
     checkpoint = turns.open_folder(values.checkpoint)
     placement = Placement.by_sizes(sizes, checkpoint.wan_config.num_attention_heads)
     cache = Path(values.text_cache) if values.text_cache else text.default_folder()

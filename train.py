@@ -18,6 +18,7 @@ from linvideo_jax import (
     command_line,
     compiled_programs,
     config_files,
+    device_memory,
     folders,
     plan,
     stages,
@@ -47,6 +48,7 @@ def train(argv: Sequence[str]) -> None:
     hosts.start(card, config.get("mesh") or {})
     logging.set_verbosity(logging.WARNING)
     compiled_programs.keep_on_disk()
+    device_memory.take_most_of_a_gpu()
     run = sweep.run if config.get("sweep") else stages.run
     with hosts.together():
         run(config, given["workdir"] and Path(given["workdir"]))

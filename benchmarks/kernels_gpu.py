@@ -106,8 +106,10 @@ def linear_flops(tokens: int, heads: int, head_dim: int, direction: str) -> int:
     return round(products[direction] * 2 * tokens * heads * head_dim * head_dim)
 
 
-def measure_layer(layer: str, sizes: tuple[int, int, int], direction: str, repeats: int) -> dict:
-    """One group of rows: every candidate, interleaved."""
+def measure_layer(
+    layer: str, sizes: tuple[int, int, int], direction: str, repeats: int, words: Sequence[str]
+) -> dict:
+    """One group of rows: every candidate whose name has one of the words, interleaved."""
     inputs = random_inputs(*sizes)
     builders = {
         name: lambda function=function: jax_candidate(function, direction, inputs)
@@ -117,6 +119,8 @@ def measure_layer(layer: str, sizes: tuple[int, int, int], direction: str, repea
         builders[name] = lambda build=build: Candidate(build(*sizes, direction))
     rows, candidates = {}, {}
     for name, build in builders.items():
+        if not any(word in name for word in words):
+            continue
         print(f"  {name}: compiling", flush=True)
         try:
             candidates[name] = build()
@@ -226,6 +230,7 @@ def program(argv: Sequence[str]) -> None:
         {
             "out": ("runs/kernels_gpu.json", "file of the results"),
             "only": ("", "names of groups to measure, with commas"),
+            "rows": ("", "words, with commas, of which a row's name has one; none: all rows"),
         }
     )
     flags.DEFINE_bool("small", False, "tiny sizes, to try the program", flag_values=values)
@@ -236,7 +241,7 @@ def program(argv: Sequence[str]) -> None:
     groups = {
         f"{layer} {direction}": (
             lambda layer=layer, sizes=sizes, direction=direction: measure_layer(
-                layer, sizes, direction, given["repeats"]
+                layer, sizes, direction, given["repeats"], given["rows"].split(",")
             )
         )
         for layer, sizes in layers.items()

@@ -18,6 +18,8 @@ profile_1.3b, profile_14b   the slowest kernels, and named scopes
 pieces                      choices that want a measurement: products apart or as one, the VAE's
                             convolution by taps side by side (as it is) or as cuDNN's own
 flags                       one forward of 1.3B under other flags of XLA, each in a process
+mesh_of_one                 what the code for meshes costs on a mesh of one device, which runs leave
+                            out there: a forward of 1.3B, and an update with ADM of four blocks
 """
 
 import subprocess
@@ -38,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import contenders, hot_kernels, latency_table, measure
+from benchmarks import contenders, hot_kernels, latency_table, measure, mesh_of_one
 from linvideo_jax import command_line, pipeline, text
 from linvideo_jax.flow import grids
 from linvideo_jax.metrics import flops
@@ -126,7 +128,7 @@ class Benchmark:
             known[f"ours_{name}"] = partial(self.forward, name, theirs=False)
             known[f"steps_{name}"] = partial(self.consecutive_steps, name)
             known[f"profile_{name}"] = partial(self.profile, name)
-        others = (self.stages, self.mp4, self.scaling, self.batch, self.pieces)
+        others = (self.stages, self.mp4, self.scaling, self.batch, self.pieces, self.mesh_of_one)
         return known | {part.__name__: part for part in others} | {"flags": self.flags}
 
     def forward(self, name: str, theirs: bool = True) -> dict[str, Any]:
@@ -208,7 +210,7 @@ class Benchmark:
             latents = jax.random.normal(jax.random.key(0), (1, *size.shape))
             for dtype in (jnp.float32, jnp.bfloat16):
                 name = f"VAE decode, {jnp.dtype(dtype)}, {size.name}"
-                decode = partial(vae.decode_chunks, latents, dtype)
+                decode = partial(vae.decode_pixels, latents, dtype)
                 runs[name] = lambda decode=decode: jax.block_until_ready(decode())
         figures |= measure.interleaved(runs, max(1, self.rounds // 2))
         moves = {size.name: partial(_move, size.models.transformer, self.dtype) for size in sizes}
@@ -294,6 +296,13 @@ class Benchmark:
                 inputs = (x, kernel, jnp.zeros(width, dtype))
                 runs[f"VAE convolution, {name}, {x.dtype}"] = partial(_ready, run, *inputs)
         return {"rows": measure.interleaved(runs, 4 * self.rounds)}
+
+    def mesh_of_one(self) -> dict[str, Any]:
+        """LinVideo's forward and a training update, without a mesh and with one of one device."""
+        size = self.sizes["1.3b"]
+        blocks = 2 if self.small else 4
+        rows = mesh_of_one.measured(size, self.dtype, self.rounds, blocks)
+        return self._about(size) | {"rows": rows}
 
     def flags(self) -> dict[str, Any]:
         """Our rows of 1.3B under each of XLA_FLAGS."""

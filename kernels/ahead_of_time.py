@@ -75,13 +75,16 @@ def lower_for_gpu(function: Callable[..., Any], *shapes: Any) -> jax.stages.Lowe
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
-def compile_for_gpu(function: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
+def compile_for_gpu(
+    function: Callable[..., Any], *shapes: Any, **options: Any
+) -> jax.stages.Compiled:
     """`function` of arrays of these shapes (trees of ShapeDtypeStruct) compiled for one H100.
 
-    Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version (tried with 0.11.2),
-    no driver, and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment before JAX starts: else the
-    plugin does not load where the CUDA libraries, which it needs to run, are missing. What XLA
-    would try out on a GPU, such as algorithms of matrix products, is left at defaults.
+    options: of `jax.jit`. Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version
+    (tried with 0.11.2), no driver, and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment before
+    JAX starts: else the plugin does not load where the CUDA libraries, which it needs to run, are
+    missing. What XLA would try out on a GPU, such as algorithms of matrix products, is left at
+    defaults.
     """
     gpu = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100_CONFIG
@@ -91,7 +94,7 @@ def compile_for_gpu(function: Callable[..., Any], *shapes: Any) -> jax.stages.Co
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
     with compiling_for("gpu"), _as_on_an_h100():
-        return jax.jit(function).lower(*placed).compile()
+        return jax.jit(function, **options).lower(*placed).compile()
 
 
 @contextlib.contextmanager

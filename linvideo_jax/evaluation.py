@@ -26,6 +26,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import agreement, flow, likeness, motion, quality
 from linvideo_jax.metrics.classifier import NO_DIRECTION, Classifier
+from linvideo_jax.metrics.threads import each
 from linvideo_jax.models.wan import initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
@@ -290,7 +291,7 @@ def measure(
         for name, values in motion.measure(video, said)._asdict().items():
             columns[f"motion.{name}"] = values
         for figure in (quality.background_consistency, quality.sharpness):
-            columns[f"quality.{figure.__name__}"] = np.array([figure(one) for one in video])
+            columns[f"quality.{figure.__name__}"] = np.array(each(figure, video))
     for name, values in agreement.agree(said, reading.labels).items():
         columns[f"right.{name}"] = values
     for name, values in reading.labels._asdict().items():

@@ -15,7 +15,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.metrics.flops import video_tokens
 from linvideo_jax.models.module import Params, bind
-from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize
+from linvideo_jax.models.vae import VAEConfig, WanVAE, denormalize, pixels
 from linvideo_jax.models.vae_tiles import decode_tiles
 from linvideo_jax.models.wan import (
     LINEAR,
@@ -33,8 +33,9 @@ from linvideo_jax.parallel.placement import Placement
 from linvideo_jax.text import TextEmbeddings, text_bucket
 from linvideo_jax.turns import Turns, mark
 
-# Relative error of a text embedding, and of a velocity, against float32.
-BFLOAT16_BOUND = 0.01
+# In bfloat16 against float32: relative error of a text embedding, and of a velocity; PSNR in dB of
+# decoded videos. (Rounding to 255 levels is 59 dB.)
+BFLOAT16_BOUND, VAE_PSNR_BOUND = 0.01, 45.0
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,14 @@ def latent_shape(
             f"{num_frames} frames are {frames} latent frames, which patches of "
             f"{wan.patch_size[0]} do not divide: choose another num_frames."
         )
-    for name, pixels, patch in (
+    for name, side, patch in (
         ("height", height, wan.patch_size[1]),
         ("width", width, wan.patch_size[2]),
     ):
-        if pixels % (spatial * patch):
+        if side % (spatial * patch):
             raise UserError(
-                f"{name} is {pixels}, but it must be divisible by {spatial * patch}: "
-                f"choose {max(1, round(pixels / (spatial * patch))) * spatial * patch}."
+                f"{name} is {side}, but it must be divisible by {spatial * patch}: "
+                f"choose {max(1, round(side / (spatial * patch))) * spatial * patch}."
             )
     return frames, height // spatial, width // spatial, wan.in_channels
 
@@ -266,9 +267,10 @@ class Pipeline:
     """A checkpoint ready to sample: all of it loaded, or from `turns.open_folder`.
 
     Of the latter, one network at a time is on the device, unless they are `resident` (see `Turns`).
-    `dtype` is that of the networks' matrix products, the VAE's excepted, which runs in float32 as
-    Wan's does; by default float32 on a CPU, and bfloat16 on an accelerator: with trained weights
-    that moves a text embedding and a velocity by less than 1% (`BFLOAT16_BOUND`). `text_folder`:
+    `dtype` is that of the networks' matrix products and of the VAE's decoder; by default float32 on
+    a CPU, and bfloat16 on an accelerator: with trained weights that moves a text embedding and a
+    velocity by less than 1% (`BFLOAT16_BOUND`), and the decoded video by less than its rounding to
+    255 levels (`VAE_PSNR_BOUND` has room for others). `text_folder`:
     where text embeddings are kept for other runs. `placement`: of one host, if the work is shared
     between devices.
     """
@@ -395,5 +397,6 @@ class Pipeline:
         if self._placement and not tiling:
             latents, params = pictures.placed(latents, params, self._placement.mesh)
         vae = bind(WanVAE, config, params)
-        video = decode_tiles(vae, latents) if tiling else vae.decode_chunks(latents)
-        return np.asarray(jnp.round((video + 1) * 127.5).astype(jnp.uint8))
+        if tiling:
+            return pixels(decode_tiles(vae, latents, dtype=self.dtype))
+        return np.asarray(vae.decode_pixels(latents, self.dtype))

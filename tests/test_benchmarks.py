@@ -12,7 +12,9 @@ import pytest
 from benchmarks import (
     check,
     contenders,
+    full_size,
     hot_kernels,
+    latency,
     latency_table,
     measure,
     random_checkpoint,
@@ -136,6 +138,16 @@ def test_every_scope_of_the_transformer_is_found_in_its_program():
         "patch_embedding",
         "head",
     }
+
+
+def test_parts_that_sample_run(run, tmp_path):
+    """They call the sampling loop as it is; what they measure needs a GPU."""
+    given = {"small": "true", "out": tmp_path / "out.json"}
+    code, _, err = run(latency, parts="steps_1.3b", rounds=1, steps=1, **given)
+    assert code == 0, err
+    given["out"] = tmp_path / "full.json"
+    code, _, err = run(full_size, parts="large", folder=tmp_path / "folder", **given)
+    assert code == 0, err
 
 
 def test_results_are_of_one_device_and_parts_are_not_measured_twice(tmp_path, capsys):

@@ -14,6 +14,8 @@ from kernels.dispatch import compiling_for
 from kernels.gpu import GPU
 from kernels.softmax_attention import (
     chunked,
+    cudnn,
+    hopper,
     interface,
     reference,
     softmax_attention,
@@ -92,9 +94,38 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == [wanted]
 
 
+def test_on_hopper_values_and_gradients_come_from_two_libraries(monkeypatch):
+    """Both stand-ins are the reference, but for a factor that tells them apart."""
+    given = arrays()
+    exact = with_gradients(lambda *x: reference.softmax_attention(*x, None), *given)
+    for module, factor in ((tokamax_mosaic, 2), (cudnn, 3)):
+        monkeypatch.setattr(module, "check", lambda q, bias: None)
+        stand_in = lambda *x, factor=factor: factor * reference.softmax_attention(*x)  # noqa: E731
+        monkeypatch.setattr(module, "softmax_attention", stand_in)
+    serve = lambda *x: hopper.softmax_attention(*x, None)  # noqa: E731
+    assert_same([serve(*given[:3])], [2 * exact[0]])
+    assert_same(with_gradients(serve, *given), [3 * x for x in exact], atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(7, 5), (8, 5), (7, 6), (8, 6)])
+def test_cudnn_sees_even_lengths_alone(monkeypatch, tokens, keys):
+    library = jax.nn.dot_product_attention
+
+    def attention(q, k, v, implementation, **lengths):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        return library(q, k, v, implementation="xla", **lengths)
+
+    monkeypatch.setattr(cudnn, "check", lambda q, bias: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    given = arrays(tokens=tokens, keys=keys)
+    ours = with_gradients(lambda *x: cudnn.softmax_attention(*x, None), *given)
+    assert_same(ours, with_gradients(lambda *x: reference.softmax_attention(*x, None), *given))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "platform", "reason"),
     [
+        ("hopper", {}, "gpu", "needs bfloat16 or float16, got float32"),
         ("tokamax", {}, "cpu", "needs an NVIDIA GPU, this is cpu"),
         ("tokamax", {}, "gpu", "needs bfloat16 or float16, got float32"),
         ("tokamax", {"dtype": jnp.float16}, "gpu", "needs head_dim 64 or 128, got 8"),

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from scipy.ndimage import uniform_filter
 
 from linvideo_jax.data.digits import ABSENT, COLOURS, FRAME, Labels
+from linvideo_jax.metrics.threads import each
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32) / 127.5 - 1
 _CROP = 44  # px, holds the largest digit
@@ -43,25 +44,24 @@ class Motion(NamedTuple):
 
 def measure(videos: Float[np.ndarray, "n frames 96 96 3"], said: Labels, apart: int = 8) -> Motion:
     """Measures the digits that `said` names in videos of [-1, 1]."""
-    rows = []
-    for i, video in enumerate(videos):
+
+    def row(i):
         slots = np.flatnonzero(said.digit[i] != ABSENT)
-        tracks = track(np.asarray(video), slots)
-        rows.append(
-            np.mean(
-                [
-                    (
-                        shape_correlation(digit, apart),
-                        path_deviation(digit, bool(said.bounce[i, slot] != 0)),
-                        subject_consistency(digit),
-                        *_pace(digit),
-                    )
-                    for digit, slot in zip(tracks, slots, strict=True)
-                ],
-                axis=0,
-            )
+        tracks = track(np.asarray(videos[i]), slots)
+        return np.mean(
+            [
+                (
+                    shape_correlation(digit, apart),
+                    path_deviation(digit, bool(said.bounce[i, slot] != 0)),
+                    subject_consistency(digit),
+                    *_pace(digit),
+                )
+                for digit, slot in zip(tracks, slots, strict=True)
+            ],
+            axis=0,
         )
-    return Motion(*np.array(rows).T)
+
+    return Motion(*np.array(each(row, range(len(videos)))).T)
 
 
 def background_colour(video: Float[np.ndarray, "frames height width 3"]) -> np.ndarray:

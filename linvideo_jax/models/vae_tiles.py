@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from linvideo_jax.models.module import bind
@@ -29,6 +30,7 @@ def decode_tiles(
     latents: Float[Array, "batch frames height width z_dim"],
     tile: int = 64,
     overlap: int = 16,
+    dtype: DTypeLike = jnp.float32,
 ) -> Video:
     """`WanVAE.decode_chunks` of square tiles, one after the other, blended linearly.
 
@@ -36,19 +38,19 @@ def decode_tiles(
     that it would see in the whole picture: the outer third of the overlap is not used, and the
     blend is in the middle third. With 16 shared latent pixels a random VAE of four levels differs
     by 0.03 of 255 levels at most from decoding whole, with 12 by 0.4, with 8 by 3. The result is in
-    the host's memory, float32 in [-1, 1].
+    the host's memory, float32 in [-1, 1]; `dtype` is that of the computation.
     ValueError unless 0 < overlap < tile.
     """
     if not 0 < overlap < tile:
         raise ValueError(f"need 0 < overlap < tile, got {overlap} and {tile}")
     scale = vae.config.scale_factor_spatial
     height, width = (size * scale for size in latents.shape[2:4])
-    (middle,) = by_pieces(_middle_step, vae, latents, 1, jnp.float32)
+    (middle,) = by_pieces(_middle_step, vae, latents, 1, dtype)
     total, weights = None, np.zeros((height, width, 1), np.float32)
     for top in tile_starts(latents.shape[2], tile, overlap):
         for left in tile_starts(latents.shape[3], tile, overlap):
             piece = middle[:, :, top : top + tile, left : left + tile]
-            video = np.asarray(by_pieces(_up_step, vae, piece, 1, jnp.float32)[0])
+            video = np.asarray(by_pieces(_up_step, vae, piece, 1, dtype)[0])
             rows = slice(top * scale, top * scale + video.shape[2])
             columns = slice(left * scale, left * scale + video.shape[3])
             weight = np.outer(
@@ -61,14 +63,14 @@ def decode_tiles(
     return total / weights
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="past")
 def _middle_step(config, params, latents, past, dtype):
     vae, history = bind(WanVAE, config, params), History(past)
     x = causal_conv(vae.post_quant_conv(latents.astype(dtype)), vae.decoder.conv_in, history)
     return (vae.decoder.mid_block(x, history),), history.present
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="past")
 def _up_step(config, params, x, past, dtype):
     decoder, history = bind(WanVAE, config, params).decoder, History(past)
     for block in decoder.up_blocks:
