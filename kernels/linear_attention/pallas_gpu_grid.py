@@ -126,10 +126,10 @@ class Grid(NamedTuple):
             halves = list(itertools.islice(refs, 2 * has_state))
             end = plgpu.load(next(refs).at[batch]) if has_lengths else self.length
             outputs = list(refs)
-            pairs = [  # of both signs
-                [plgpu.load(x.at[batch, head, jnp.int32(i)]) for i in range(2)] for x in halves
-            ]
-            kv, mass = pairs or (None, None)
+            kv = mass = None
+            if halves:
+                kv = plgpu.load(halves[0].at[batch, head])
+                mass = [plgpu.load(halves[1].at[batch, head, jnp.int32(i)]) for i in range(2)]
             weight = plgpu.load(weight_ref.at[head]).astype(token_refs[0].dtype)
             of_tile = body(weight, kv, mass, self.used)
 
@@ -174,7 +174,11 @@ class Grid(NamedTuple):
             return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
         halves = [x.reshape(*x.shape[:2], 2, self.used, *x.shape[3:]) for x in state or ()]
-        return [filled(weight, 2), *(filled(x, 3) for x in halves)]
+        halves = [filled(x, 3) for x in halves]
+        if halves:
+            kv = halves[0]
+            halves[0] = kv.reshape(*kv.shape[:2], 2 * self.features, kv.shape[4])
+        return [filled(weight, 2), *halves]
 
 
 def add_up(parts: Sequence[Array]) -> list[Array]:

@@ -1,9 +1,9 @@
 """Bodies of the GPU kernels: each sees one tile of tokens of one head, in registers.
 
 A body is made once a program, of what stays the same for all its tiles: `weight`, `[head_dim,
-features]` in the tokens' dtype, and the pairs `kv`, `[features, head_dim]`, and `mass`,
-`[features]`, of a state or its gradient in float32, one for each sign of the logits. `features` is
-a power of two; columns from `used` on fill it up, and their features are zero.
+features]` in the tokens' dtype, `kv`, `[2 features, head_dim]`, of a state or its gradient, and the
+pair `mass`, `[features]`, one for each sign of the logits. `features` is a power of two; columns
+from `used` on fill it up, and their features are zero.
 
 It returns a function of a tile: arrays of tokens are `[tile, head_dim]`, numbers of tokens
 `[tile]`, both zero where `valid`, `[tile]`, is false. That one stores what it makes of the tile's
@@ -48,6 +48,7 @@ def apply(weight, kv, mass, used):
         shares = [x * m[None, :] for x, m in zip(powers, mass, strict=True)]
         totals = [scale * jnp.sum(x, axis=1) for x, scale in zip(shares, scales, strict=True)]
         inverse = 1 / (totals[0] + totals[1] + EPSILON)
+        # Two products of one sign each: one of both takes a quarter more registers.
         parts = [
             _dot((x * (scale * inverse)[:, None]).astype(q.dtype), y, 1, 0)
             for x, scale, y in zip(shares, scales, mean, strict=True)
@@ -64,7 +65,7 @@ def query_backward(weight, kv, mass, used):
     Stores what `apply_backward` needs: 1 / denominator, and the gradient of its logarithm.
     """
     dtype = gradient_dtype(weight.dtype)
-    kv = [x.astype(dtype) for x in kv]
+    kv = kv.astype(dtype)
     weight_of_gradients = weight.astype(dtype)
 
     def tile(valid, store, tokens, sums):
@@ -80,8 +81,9 @@ def query_backward(weight, kv, mass, used):
         # A share is power x mass x factor. The shares of both signs sum to one.
         factors, dout = [x * inverse for x in scales], dout.astype(dtype)
         dz, expected = 0.0, []
+        products = jnp.split(_dot(dout, kv, 1, 1), 2, axis=1)
         for i, sign in enumerate(SIGNS):
-            product = powers[i] * _dot(dout, kv[i], 1, 1)
+            product = powers[i] * products[i]
             expected.append(factors[i] * jnp.sum(product, axis=1))
             dz = multiply_add(product, (sign * factors[i])[:, None], dz)
         both = expected[0] + expected[1]
@@ -118,24 +120,23 @@ def apply_backward(weight, kv, mass, used):
 def state_backward(weight, kv, mass, used):
     """Gradients of the tile's keys and values; adds that of the weight. kv, mass: gradients."""
     dtype = gradient_dtype(weight.dtype)
-    dkv = [x.astype(dtype) for x in kv]
+    dkv = kv.astype(dtype)
     weight_of_gradients = weight.astype(dtype)
 
     def tile(valid, store, tokens, sums):
         k, v = tokens
         (dweight,) = sums
         powers, scales = _softmaxes(_dot(k, weight, 1, 0), used)
-        values = v.astype(dtype)
-        rounded, dz = [], 0.0
+        dphi = jnp.split(_dot(v.astype(dtype), dkv, 1, 1), 2, axis=1)
+        both, dz = [], 0.0
         for i, sign in enumerate(SIGNS):
             phi = powers[i] * jnp.where(valid, scales[i], 0)[:, None]
-            product = phi * (_dot(values, dkv[i], 1, 1) + mass[i][None, :])
+            product = phi * (dphi[i] + mass[i][None, :])
             total = jnp.sum(product, axis=1)
-            rounded.append(phi.astype(dtype))
+            both.append(phi)
             dz = multiply_add(phi, (-sign * total)[:, None], dz + sign * product)
         dz = dz.astype(dtype)
-        dv = [_dot(x, dy, 1, 0) for x, dy in zip(rounded, dkv, strict=True)]
-        store(1, dv[0] + dv[1])
+        store(1, _dot(_joined(both, dtype), dkv, 1, 0))
         store(0, _dot(dz, weight_of_gradients, 1, 1))
         return (dweight + _dot(k.astype(dtype), dz, 0, 0),)
 
@@ -166,8 +167,15 @@ def _mean(kv, mass, dtype):
     """Mean value of each feature: bounded by the values', unlike their sum."""
     return [
         (x * (1 / jnp.maximum(m, TINY))[:, None]).astype(dtype)
-        for x, m in zip(kv, mass, strict=True)
+        for x, m in zip(jnp.split(kv, 2, axis=0), mass, strict=True)
     ]
+
+
+def _joined(pair, dtype):
+    """Both signs' `[rows, features]` side by side, by what Triton does in registers."""
+    rows, features = pair[0].shape
+    last = jnp.concatenate([x.astype(dtype)[:, :, None] for x in pair], axis=2)
+    return last.transpose(0, 2, 1).reshape(rows, 2 * features)
 
 
 def _added(sums, phi, values, numbers):
