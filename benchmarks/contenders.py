@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from linvideo_jax import compiled_programs
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
@@ -28,7 +29,7 @@ class Run(NamedTuple):
     program: str = ""
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "layout"))
+@partial(compiled_programs.jit, static_argnames=("config", "dtype", "layout"))
 def velocity(params, latents, time, text, mode, *, config, dtype, layout=None):
     """The network as a sampling loop calls it: text and time are embedded before."""
     model = bind(WanTransformer, config, params)

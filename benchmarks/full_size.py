@@ -37,7 +37,15 @@ import numpy as np
 from absl import flags
 
 from benchmarks import convert_memory, measure, random_checkpoint
-from linvideo_jax import checkpoints, command_line, folders, parts, pipeline, turns
+from linvideo_jax import (
+    checkpoints,
+    command_line,
+    compiled_programs,
+    folders,
+    parts,
+    pipeline,
+    turns,
+)
 from linvideo_jax.flow import grids
 from linvideo_jax.metrics import likeness
 from linvideo_jax.models import module, registry
@@ -215,7 +223,7 @@ def parity_part(sizes: Scale, folder: Path) -> dict[str, Any]:
     flat = random_checkpoint.random_flat("transformer", config, "bfloat16")
     params = parts.unflatten("transformer", config, flat, jnp.float32, products=sizes.dtype)
 
-    @jax.jit
+    @compiled_programs.jit  # with the options that sampling has
     def velocity(params, *inputs):
         return module.bind(WanTransformer, config, params)(*inputs, dtype=sizes.dtype)
 

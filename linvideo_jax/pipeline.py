@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from linvideo_jax import compiled_programs
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.metrics.flops import video_tokens
@@ -216,7 +217,7 @@ def sampling_network(
     return times, network
 
 
-@partial(jax.jit, static_argnames=("config", "sampler", "sigmas", "dtype", "layout"))
+@partial(compiled_programs.jit, static_argnames=("config", "sampler", "sigmas", "dtype", "layout"))
 def denoise(
     params: dict[str, Any],
     noise: Float[Array, "videos frames height width channels"],

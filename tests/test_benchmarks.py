@@ -18,9 +18,12 @@ from benchmarks import (
     latency_table,
     measure,
     random_checkpoint,
+    tune_softmax,
     two_gpus,
     two_gpus_table,
 )
+from kernels.gpu import target
+from kernels.softmax_attention import softmax_attention, tokamax_configs, tokamax_mosaic
 from linvideo_jax.models import registry
 from linvideo_jax.models.wan import WanConfig
 
@@ -261,3 +264,33 @@ def test_table_of_two_gpus(tmp_path, capsys):
     ):
         assert line in out
     assert "NCCL_X=0" in out
+
+
+def test_only_right_configurations_of_softmax_are_stored(monkeypatch, tmp_path, capsys):
+    """With a stand-in for tokamax's kernel: wrong values and what does not compile are left out."""
+    own, right, wrong, large = (tune_softmax.HEURISTIC | {"num_stages": n} for n in (2, 3, 4, 5))
+
+    def configured(q, k, v, config):
+        if config == large:
+            raise ValueError("too much shared memory")
+        factor = 2.0 if config == wrong else 1.0
+        return lambda q, k, v: factor * softmax_attention(q, k, v, implementation="reference")
+
+    size = (2, 64, 3, 400)
+    monkeypatch.setattr(tune_softmax, "LAYERS", {"small": size, "alike": (1, 64, 3, 400)})
+    monkeypatch.setattr(tune_softmax, "LIKE", {"alike": "small"})
+    monkeypatch.setattr(tune_softmax, "candidates", lambda: [own, right, wrong, large])
+    monkeypatch.setattr(tune_softmax, "version", lambda package: "0")
+    monkeypatch.setattr(tokamax_mosaic, "configured", configured)
+    store = tmp_path / "configurations.json"
+    argv = ["tune_softmax.py", f"--store={store}", "--layers=small,alike"]
+    assert tune_softmax.main(argv) == 2 and "needs an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(tokamax_mosaic, "check", lambda q, bias: None)
+    assert tune_softmax.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"{wrong}: its values are wrong" in out and "too much shared memory" in out
+    assert "alike: 2 candidates" in out
+    monkeypatch.setattr(tokamax_configs, "stored", lambda: json.loads(store.read_text()))
+    assert len(tokamax_configs.stored()) == 2
+    layer = tokamax_configs.Layer("bfloat16", tune_softmax.HEAD_DIM, 6, 64, 400)
+    assert tokamax_configs.choose(target(), layer) in (own, right)

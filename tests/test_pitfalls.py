@@ -18,6 +18,7 @@ from test_wan_parity import TINY, diffusers_model, example, our_params, relative
 
 from convert import original
 from convert.keys import torch_entries
+from kernels.dispatch import compiling_for
 from kernels.linear_attention import FeatureMap, linear_attention
 from linvideo_jax import video
 from linvideo_jax.flow import grids, rectified, solvers
@@ -80,6 +81,27 @@ def test_rotary_dimensions_are_split_unevenly_over_time_height_width(head_dim, a
     for ours, expected in zip(rotary_table(GRID, head_dim), (cos, sin), strict=True):
         expected = expected.reshape(-1, 1, head_dim).numpy()
         np.testing.assert_allclose(np.repeat(ours, 2, axis=-1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_heads_are_normed_and_rotated_in_pairs(target):
+    """Against complex numbers in float64; a GPU's program divides by the root at the end."""
+    rng = np.random.default_rng(0)
+    attention = SelfAttention(CONFIG, nnx.Rngs(0))
+    attention.norm_q.scale[...] = scale = rng.normal(size=CONFIG.dim).astype(np.float32)
+    rotation = rotary_table(GRID, CONFIG.attention_head_dim)
+    x = rng.normal(size=(2, int(np.prod(GRID)), CONFIG.dim)).astype(np.float32)
+    normed = x / np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)) * scale
+    pairs = normed.reshape(*x.shape[:2], CONFIG.num_attention_heads, -1, 2)
+    turn = np.asarray(rotation[0]) + 1j * np.asarray(rotation[1])
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(*pairs.shape[:3], -1)
+    with compiling_for(target):
+        ours = attention.normed(jnp.asarray(x), attention.norm_q, rotation)
+        rounded = attention.normed(jnp.asarray(x, jnp.bfloat16), attention.norm_q, rotation)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    assert rounded.dtype == jnp.bfloat16
+    assert relative_error(np.asarray(rounded, np.float32), expected) < 0.01
 
 
 def test_head_is_modulated_by_the_time_embedding_and_blocks_by_its_projection(wan):

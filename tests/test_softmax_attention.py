@@ -1,7 +1,10 @@
 """Softmax attention's implementations against the reference; its semantics: test_attention.py."""
 
+import dataclasses
+import json
 import logging
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from kernels.softmax_attention import (
     reference,
     softmax_attention,
     splash,
+    tokamax_configs,
     tokamax_mosaic,
 )
 
@@ -148,3 +152,74 @@ def test_a_missing_package_is_a_refusal(monkeypatch):
     monkeypatch.setattr(tokamax_mosaic, "target", lambda: GPU("NVIDIA A100", 8.0, 108))
     with compiling_for("gpu"), pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         softmax_attention(q, k, v, implementation="tokamax")
+
+
+STORED = [
+    {"device": "H", "dtype": "bfloat16", "head_dim": 128, "heads": 12, "tokens": 32760, **rest}
+    for rest in (
+        {"keys": 32760, "config": {"block_kv": 192, "num_stages": 2}},
+        {"keys": 512, "config": {"block_kv": 128, "num_stages": 3}},
+        {"keys": 512, "heads": 40, "config": {"block_kv": 64, "num_stages": 4}},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "block_kv"),
+    [
+        ({}, 192),
+        ({"heads": 40, "tokens": 75600, "keys": 75600}, 192),
+        ({"keys": 512}, 128),
+        ({"keys": 512, "heads": 24}, 64),  # nearer to 40 heads than to 12
+        ({"keys": 300}, 128),
+        ({"keys": 160}, None),  # two blocks of 128 keys for three stages
+        ({"keys": 4096}, None),  # far from both
+        ({"dtype": "float16"}, None),
+        ({"head_dim": 64}, None),
+        ({"device": "another chip"}, None),
+    ],
+)
+def test_the_nearest_configuration_of_tokamax_is_chosen(monkeypatch, tmp_path, changed, block_kv):
+    stored = tmp_path / "stored.json"
+    stored.write_text(json.dumps(STORED))
+    monkeypatch.setattr(tokamax_configs, "STORED", stored)
+    sizes = {"dtype": "bfloat16", "head_dim": 128, "heads": 12, "tokens": 32760, "keys": 32760}
+    gpu = GPU(changed.get("device", "H"), 9.0, 132)
+    layer = tokamax_configs.Layer(**{name: changed.get(name, sizes[name]) for name in sizes})
+    tokamax_configs.stored.cache_clear()
+    try:
+        config = tokamax_configs.choose(gpu, layer)
+    finally:
+        tokamax_configs.stored.cache_clear()
+    assert (config and config["block_kv"]) == block_kv
+
+
+def test_another_version_of_tokamax_decides_itself(monkeypatch):
+    """One without the kernel's name, or whose configuration lacks a field."""
+    q = jnp.zeros((2, 8, 3, 64), jnp.bfloat16)
+    assert tokamax_configs.Layer.of(q, q[:, :4]) == ("bfloat16", 64, 6, 8, 4)
+    api = "tokamax._src.ops.attention.api"
+    for name in ("tokamax", "tokamax._src", "tokamax._src.ops", "tokamax._src.ops.attention"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, api, None)
+    assert tokamax_mosaic.configured(q, q, q, {"block_kv": 64}) is None
+    module = types.ModuleType(api)
+    module.IMPLEMENTATIONS = {"mosaic_gpu": TheirKernel()}
+    monkeypatch.setitem(sys.modules, api, module)
+    assert tokamax_mosaic.configured(q, q, q, {"block_kv": 64}).config == TheirConfig(64)
+    assert tokamax_mosaic.configured(q, q, q, {"block_keys": 64}) is None
+
+
+@dataclasses.dataclass
+class TheirConfig:
+    block_kv: int
+
+
+class TheirKernel:
+    """What is used of tokamax's."""
+
+    def bind(self, q, k, v):
+        return types.SimpleNamespace(heuristics_config=TheirConfig(128))
+
+    def replace(self, config):
+        return types.SimpleNamespace(config=config)

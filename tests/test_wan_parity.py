@@ -78,13 +78,18 @@ def tiny():
     return model, module.bind(WanTransformer, TINY, our_params(model, TINY))
 
 
-@pytest.mark.parametrize("config, grid", [(TINY, (3, 2, 5)), (OTHER, (3, 4, 2))])
-def test_equals_diffusers(config, grid):
+@pytest.mark.parametrize(
+    "config, grid, target",
+    [(TINY, (3, 2, 5), "cpu"), (OTHER, (3, 4, 2), "cpu"), (TINY, (3, 2, 5), "gpu")],
+)
+def test_equals_diffusers(config, grid, target):
+    """As a CPU computes it, and by the forms that a GPU is given."""
     model = diffusers_model(config)
     ours = module.bind(WanTransformer, config, our_params(model, config))
     inputs = example(config, grid, text_tokens=11)
     expected = run_diffusers(model, *inputs)
-    velocity = jax.jit(ours)(*inputs, None)
+    with compiling_for(target):
+        velocity = jax.jit(ours)(*inputs, None)
     assert velocity.dtype == jnp.float32
     assert relative_error(velocity, expected) < 1e-4
 

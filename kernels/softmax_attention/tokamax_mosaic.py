@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from kernels.dispatch import platform
 from kernels.gpu import target
+from kernels.softmax_attention import tokamax_configs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+_log = logging.getLogger(__name__)
 
 
 def softmax_attention(
@@ -27,7 +33,32 @@ def softmax_attention(
     check(q, bias)
     import tokamax
 
+    config = tokamax_configs.choose(target(), tokamax_configs.Layer.of(q, k))
+    if config is not None and (kernel := configured(q, k, v, config)) is not None:
+        return kernel(q, k, v)
     return tokamax.dot_product_attention(q, k, v, implementation="mosaic")
+
+
+def configured(
+    q: Float[Array, "batch tokens heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads head_dim"],
+    config: Mapping[str, Any],
+) -> Callable[..., Float[Array, "batch tokens heads head_dim"]] | None:
+    """tokamax's kernel for arrays of these shapes with fields of its configuration replaced.
+
+    None where this version of tokamax has no such kernel or no such fields.
+    """
+    try:
+        # What "mosaic" stands for; its public name in tokamax.ops.gpu needs jax_triton too.
+        from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+
+        kernel = IMPLEMENTATIONS["mosaic_gpu"]
+        fields = dataclasses.replace(kernel.bind(q, k, v).heuristics_config, **config)
+    except (ImportError, LookupError, AttributeError, TypeError, ValueError) as error:
+        _log.info("tokamax decides itself how its kernel is divided: %s", error)
+        return None
+    return kernel.replace(config=fields)
 
 
 def check(

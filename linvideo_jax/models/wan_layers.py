@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels.dispatch import platform
 from kernels.linear_attention import FeatureMap
 from kernels.mixture import mix
 from linvideo_jax.models.layout import Layout
-from linvideo_jax.models.rotary import rotate
+from linvideo_jax.models.rotary import Rotation, rotate, rotate_on_gpu
 from linvideo_jax.models.wan_config import WanConfig
 
 _linear_init = nnx.initializers.xavier_uniform()
@@ -130,12 +131,21 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], self.heads, -1)
 
     def normed(
-        self, x: Float[Array, "batch tokens dim"], norm: Scale
+        self, x: Float[Array, "batch tokens dim"], norm: Scale, rotation: Rotation | None = None
     ) -> Float[Array, "batch tokens heads head_dim"]:
-        """RMS norm in float32; the caller rounds once, after the rotation if there is one."""
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return self.split_heads(x * jax.lax.rsqrt(mean_square + self.eps) * norm.scale[...])
+        """RMS norm, and rotation if one is given, in float32, rounded once to the dtype of x."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        inverse, scale = jax.lax.rsqrt(mean_square + self.eps), norm.scale[...]
+        if rotation is None:
+            heads = self.split_heads(wide * inverse * scale)
+        elif platform() == "gpu":
+            # With the root behind, x is read for the sum of its squares, then read, normed,
+            # rotated and rounded by one kernel; else the normed heads pass through memory.
+            heads = rotate_on_gpu(self.split_heads(wide * scale), rotation) * inverse[..., None]
+        else:
+            heads = rotate(self.split_heads(wide * inverse * scale), rotation)
+        return heads.astype(x.dtype)
 
 
 class SelfAttention(Attention):
@@ -151,7 +161,7 @@ class SelfAttention(Attention):
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        rotation: tuple[Float[Array, "tokens 1 pairs"], Float[Array, "tokens 1 pairs"]],
+        rotation: Rotation,
         r: Float[Array, ""],
         mode: Int[Array, ""] | None,
         layout: Layout,
@@ -167,8 +177,8 @@ class SelfAttention(Attention):
     @jax.named_scope("queries_keys_values")
     def heads_of(self, x, rotation):
         """Normed and rotated q and k, and v, each `[batch, tokens, heads, head_dim]`."""
-        q = rotate(self.normed(self.to_q(x), self.norm_q), rotation).astype(x.dtype)
-        k = rotate(self.normed(self.to_k(x), self.norm_k), rotation).astype(x.dtype)
+        q = self.normed(self.to_q(x), self.norm_q, rotation)
+        k = self.normed(self.to_k(x), self.norm_k, rotation)
         return q, k, self.split_heads(self.to_v(x))
 
     def maps(self) -> FeatureMap:
@@ -227,7 +237,7 @@ class CrossAttention(Attention):
     @jax.named_scope("text_keys")
     def keys(self, text: Float[Array, "batch text dim"]) -> TextKeys:
         """What the video tokens see of an embedded text, the same at every step of a sampler."""
-        k = self.normed(self.to_k(text), self.norm_k).astype(text.dtype)
+        k = self.normed(self.to_k(text), self.norm_k)
         return TextKeys(k, self.split_heads(self.to_v(text)))
 
     @jax.named_scope("cross_attention")
@@ -238,7 +248,7 @@ class CrossAttention(Attention):
         bias: Float[Array, "batch 1 1 text"] | None,
         layout: Layout,
     ) -> Float[Array, "batch tokens dim"]:
-        q = self.normed(self.to_q(x), self.norm_q).astype(x.dtype)
+        q = self.normed(self.to_q(x), self.norm_q)
         return self.to_out(layout.cross_attention(q, *keys, bias).reshape(x.shape))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from linvideo_jax import folders, pipeline, turns
+from linvideo_jax import compiled_programs, folders, pipeline, turns
 from linvideo_jax.checkpoints import Checkpoint
 from linvideo_jax.data import online, records, trajectories
 from linvideo_jax.data import prompts as prompt_files
@@ -48,7 +48,7 @@ def make_rollout(
     """
     timesteps = grids.network_timesteps(sigmas, sampler)
 
-    @jax.jit
+    @compiled_programs.jit
     def rollout(
         params,
         noise: Float[Array, "videos frames height width channels"],
