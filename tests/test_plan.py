@@ -14,12 +14,15 @@ import train
 from kernels.ahead_of_time import tpu_chips
 from linvideo_jax import config_files
 from linvideo_jax.models import registry
+from linvideo_jax.models.remat import rematerialised
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel.layout import gather
 from linvideo_jax.plan import chips, collectives, hlo, planned, simulated
 from linvideo_jax.plan.collectives import Collective
 from linvideo_jax.plan.compiled import Compiled, Held, refused
 
-PROGRAM = """HloModule jit_f, num_partitions=8
+PROGRAM = r"""HloModule jit_f, num_partitions=8
 
 %add (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -65,10 +68,17 @@ PROGRAM = """HloModule jit_f, num_partitions=8
   %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %v = f32[128]{0} get-tuple-element(%arg), index=1
   %w = bf16[1,64]{1,0} constant({...})
+  %kernel = (f32[8]{0}, f32[128]{0}) custom-call(%v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 512}"
+}}, metadata={op_name="attention"}
   %begun = (bf16[1,64]{1,0}, bf16[1,256]{1,0}) fusion(%w), kind=kCustom, calls=%start
   %ended = bf16[1,256]{1,0} fusion(%w), kind=kCustom, calls=%done
   %r = f32[128]{0} conditional(%i, %v, %v, /*index=3*/%v), branch_computations={%softmax, %linear, %mix}
-  ROOT %next = (s32[]{:T(128)}, f32[128]{0}) tuple(%i, %r)
+  %one.1 = s32[]{:T(128)} constant(1)
+  %i.1 = s32[]{:T(128)} add(%i, %one.1)
+  %rise = s32[]{:T(128)} constant(RISE)
+  %i.2 = s32[]{:T(128)} add(%i.1, %rise)
+  ROOT %next = (s32[]{:T(128)}, f32[128]{0}) tuple(%i.2, %r)
 }
 
 %condition (arg.1: (s32[], f32[128])) -> pred[] {
@@ -95,8 +105,8 @@ ENTRY %main (x.1: f32[128]) -> f32[128] {
 """  # noqa: E501
 
 
-def program(lowest="0", trips=""):
-    return PROGRAM.replace("LOWEST", lowest).replace("TRIPS", trips)
+def program(lowest="0", trips="", rise="0"):
+    return PROGRAM.replace("LOWEST", lowest).replace("TRIPS", trips).replace("RISE", rise)
 
 
 def test_collectives_of_a_program_text():
@@ -135,10 +145,19 @@ def test_trip_counts():
         return hlo.trip_count(text, main, main["while"])
 
     assert trips() == 6 and trips(lowest="2") == 4
+    assert trips(rise="1") == 3 and trips(rise="3") == 2  # unrolled
     noted = ', backend_config={"known_trip_count":{"n":"11"}}'
     assert trips(trips=noted) == 11
     unknown = program().replace("direction=LT", "direction=NE")
     assert collectives.count(unknown, 8).unknown_loops == 1
+
+
+def test_no_line_of_a_program_is_passed_over():
+    """Of a kernel whose attributes take several lines, neither it nor what follows."""
+    body = hlo.parse(program()).computations["body"]
+    assert "metadata" in body["kernel"].attributes and body["next"].is_root
+    with pytest.raises(ValueError, match=r"no instruction .*: ROOT %sum = f32"):
+        hlo.parse(program().replace("add(%x, %y)", "add of %x, %y"))
 
 
 def test_shapes():
@@ -169,6 +188,29 @@ def test_a_compiled_scan_gathers_each_layer_once_a_direction():
     assert found.unknown_loops == 0 and calls == 10 and sent == 10 * 0.75 * layer
     # A gradient is summed into shards: by a reduce-scatter, or by an all-reduce and a slice.
     assert 5 * 0.75 * layer <= found.sent - sent <= 2 * 5 * 0.75 * layer
+
+
+@pytest.mark.parametrize("machine", ["v5p:2x2x2", "v5e:4x4"])
+def test_weights_over_two_axes_are_gathered_once_and_summed_into_shards(machine):
+    """As `layout.gather` has it; with both axes at once all-reduces send more than this."""
+    mesh = meshes.make({"data": 1, "fsdp": -1, "context": 2}, tpu_chips(machine))
+    at = NamedSharding(mesh, PartitionSpec(("fsdp", "context")))
+    by_tokens = NamedSharding(mesh, PartitionSpec("fsdp", "context"))
+
+    layer = rematerialised(lambda x, w: (jnp.tanh(x @ gather(w, at)), None), "full")
+
+    def loss(weights, x):
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    layers = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "context")))
+    weights = jax.ShapeDtypeStruct((3, 1024, 1024), jnp.bfloat16, sharding=layers)
+    x = jax.ShapeDtypeStruct((8, 4096, 1024), jnp.bfloat16, sharding=by_tokens)
+    compiled = jax.jit(jax.grad(loss), out_shardings=layers).lower(weights, x).compile()
+    sent = collectives.count(compiled.as_text(), mesh.size).by_kind()
+    once = 3 * 2 * 1024 * 1024 * (1 - 1 / mesh.size)
+    assert sent["all-gather"][1] == 2 * once  # backward too
+    assert sent["reduce-scatter"][1] == once
+    assert sum(bytes_sent for _, bytes_sent in sent.values()) < 3.1 * once
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,7 @@ class ConditionEmbedder(nnx.Module):
         self.time_proj = linear(config.dim, 6 * config.dim, rngs, precision="highest")
 
     @jax.named_scope("time_embedding")
-    def embed_time(
-        self, timestep: Float[Array, "*batch"], layout: Layout = WHOLE
-    ) -> TimeEmbedding:
+    def embed_time(self, timestep: Float[Array, "*batch"], layout: Layout = WHOLE) -> TimeEmbedding:
         """Of timesteps in [0, 1000]; of all steps of a sampler at once, one product each."""
         head = self.time_embedder(timestep, layout)
         blocks = layout.rows(self.time_proj(layout.features(jax.nn.silu(head))))

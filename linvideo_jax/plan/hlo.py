@@ -108,9 +108,7 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(match[1])
-    condition, body = (
-        program.computations[loop.called(name)[0]] for name in ("condition", "body")
-    )
+    condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
     root = _root(condition)
     if root.operation != "compare" or "direction=LT" not in root.attributes:
         return None
