@@ -132,6 +132,27 @@ def test_collectives_of_a_program_text():
     assert found.sent == sum(sent.values())
 
 
+def test_a_sum_of_which_a_part_is_kept_is_one_into_shards():
+    """In the partitioner's text alone: a compiler that has ended says itself what it does."""
+    text = """HloModule jit_f, num_partitions=4
+
+ENTRY %main (x: bf16[64,8], i: s32[]) -> bf16[8,16] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %whole = bf16[64,8]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %turned = bf16[8,64]{0,1} transpose(%whole), dimensions={1,0}
+  %part = bf16[8,16]{1,0} dynamic-slice(%turned, %i, %i), dynamic_slice_sizes={8,16}
+  %all = bf16[8,16]{1,0} all-reduce(%part), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %used = bf16[8,16]{1,0} add(%all, %part)
+}
+"""
+    once, again = 0.75 * 2 * 64 * 8, 0.75 * 2 * 8 * 16
+    sent = {kind: sent for kind, (_, sent) in collectives.count(text, 4).by_kind().items()}
+    assert sent == {"all-reduce": 2 * once + 2 * again}
+    found = collectives.count(text, 4, partitioned=True).by_kind()
+    assert found == {"reduce-scatter": (1, once), "all-reduce": (1, 2 * again)}
+
+
 def test_branches_by_how_often_they_are_taken():
     calls = collectives.count(program(), 8, (1 / 3, 2 / 3, 0)).by_kind()
     assert calls["collective-permute"] == (2, 2 * 512)
@@ -288,6 +309,9 @@ def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
     (made,) = simulated.compile_updates(config, 2, (2,))
     assert made.batch_size == 2 and made.peak > made.held.total > 0
     assert made.mixed.by_kind()["all-to-all"][0] > made.rounded.by_kind()["all-to-all"][0] > 0
+    # 8 kernels of each of 12 layers (both devices have the text's keys whole); the CPU's own
+    # program has no reduce-scatter.
+    assert made.mixed.by_kind()["reduce-scatter"][0] >= 12 * 8
 
 
 def test_plan_for_gpus_that_are_not_here(plan, monkeypatch):

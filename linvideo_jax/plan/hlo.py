@@ -147,6 +147,16 @@ def _rise(body: Computation, value: Instruction | None, index: int) -> int | Non
     return None if base is None or more is None else base + more
 
 
+def is_cut(computation: Computation, value: Instruction) -> bool:
+    """Whether all that becomes of a value is that a part of it is taken."""
+    users = [one for one in computation.values() if value.name in one.operand_names]
+    if value.is_root or len(users) != 1:
+        return False
+    if users[0].operation in (*_COPIES, "transpose"):
+        return is_cut(computation, users[0])
+    return users[0].operation == "dynamic-slice" and users[0].operand_names[0] == value.name
+
+
 def tuple_index(instruction: Instruction) -> int:
     """Of a `get-tuple-element`."""
     return int(re.search(r"index=(\d+)", instruction.attributes)[1])

@@ -96,7 +96,8 @@ def _work(plan: Plan) -> str:
 
 
 def _communication(plan: Plan) -> str:
-    lines = ["sent by one chip in one update (counted in the compiled program, loops included):"]
+    program = "the compiled program" if plan.formula is None else "what XLA's partitioner made"
+    lines = [f"sent by one chip in one update (counted in {program}, loops included):"]
     for name, part in zip(("mixed", "rounded"), plan.communication, strict=True):
         if part is None:
             return lines[0] + "\n  not known: the compiler refused the program"
