@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linvideo_jax import command_line, config_files
+from linvideo_jax.errors import UserError
 from linvideo_jax.loop import write_json
 from linvideo_jax.plan import page, planned
 from linvideo_jax.plan.chips import GIB
@@ -88,6 +89,9 @@ def plans(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input."""
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
     command_line.required(given, "out")
+    machines = sorted({machine for _, machine, *_ in PLANS})
+    if given["only"] and given["only"] not in machines:
+        raise UserError(f"--only={given['only']}: choose one of {', '.join(machines)}.")
     out = Path(given["out"])
     rows = json.loads(out.read_text()) if out.exists() else {}
     for path, machine, *overrides in PLANS:

@@ -101,12 +101,14 @@ class MeshLayout:
 
         return jax.tree_util.tree_map_with_path(gathered, params)
 
+    # By way of everywhere the same, here and in the gradient: the partitioner does so with small
+    # arrays anyway, and warns.
     def features(self, x: Float[Array, "rows features"]) -> Array:
         spec = rules.spec("kernel", (x.shape[1], 1), self.mesh)
-        return self._constrained(x, None, *spec[:1])
+        return self._constrained(self._constrained(x), None, *spec[:1])
 
     def rows(self, x: Float[Array, "rows ..."]) -> Array:
-        return self._constrained(x, meshes.batch_spec(self.mesh, x.shape[0]))
+        return self._constrained(self._constrained(x), meshes.batch_spec(self.mesh, x.shape[0]))
 
     def keep(self, tree: Any) -> Any:
         """A state, or gradients, as the table has them: for the results of an update."""

@@ -116,9 +116,10 @@ def _times(plan: Plan) -> str:
     first, second, third = plan.steps.counts
     slow, fast = plan.machine.one_way
     low, high = chip.efficiency
+    known = plan.communication[0] is not None
     return "\n".join(
         [
-            "time: a model, not a measurement",
+            "time: a model, not a measurement" + ("" if known else "; without communication"),
             f"  a step: warm-up {_seconds(warmup)}, mixed {_seconds(mixed)}, rounded "
             f"{_seconds(rounded)}",
             f"  {first:,} + {second:,} + {third:,} steps: {_long(plan.training_seconds)}",
