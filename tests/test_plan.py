@@ -307,7 +307,7 @@ def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.replace('"tiny"', '"wan_digits"'))
     config = config_files.load(str(tmp_path / "config.py"))
     (made,) = simulated.compile_updates(config, 2, (2,))
-    assert made.batch_size == 2 and made.peak > made.held.total > 0
+    assert made.batch_size == 2 and made.peak > 2 * made.held.total > 0  # state, old and new
     assert made.mixed.by_kind()["all-to-all"][0] > made.rounded.by_kind()["all-to-all"][0] > 0
     # 8 kernels of each of 12 layers (both devices have the text's keys whole); the CPU's own
     # program has no reduce-scatter.
@@ -317,12 +317,18 @@ def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
 def test_plan_for_gpus_that_are_not_here(plan, monkeypatch):
     nothing = collectives.Communication((), 0)
     made = Compiled(2, Held(100, 200, 0, 50, 0), 900, nothing, nothing, "", 1.0)
-    more = replace(made, batch_size=4)
-    monkeypatch.setattr(simulated, "compile_updates", lambda config, count, batches: [made, more])
+
+    def compiled(config, count, batches):
+        return [replace(made, batch_size=batch_size) for batch_size in batches]
+
+    monkeypatch.setattr(simulated, "compile_updates", compiled)
     code, out, _ = plan("h100:4")
     assert code == 0 and "machine: h100:4, 4 x h100; mesh data:2" in out
     assert "peak (formula)" in out and "peak (CPU compiler)" in out and "of 68.5: fits" in out
-    assert "largest batch" not in out  # the two are alike
+    # By the formula, as the peak: the CPU's two are alike.
+    largest = int(re.search(r"largest batch that fits: about (\d+) ", out)[1])
+    assert plan("h100:4", f"--config.transfer.batch_size={largest}")[0] == 0
+    assert plan("h100:4", f"--config.transfer.batch_size={largest + 2}")[0] == 1
 
 
 @pytest.mark.parametrize(
