@@ -179,6 +179,8 @@ def test_no_line_of_a_program_is_passed_over():
     assert "metadata" in body["kernel"].attributes and body["next"].is_root
     with pytest.raises(ValueError, match=r"no instruction .*: ROOT %sum = f32"):
         hlo.parse(program().replace("add(%x, %y)", "add of %x, %y"))
+    with pytest.raises(ValueError, match=r"of no computation: %begun"):
+        hlo.parse(program().replace("  %begun", "}\n  %begun"))
 
 
 def test_shapes():

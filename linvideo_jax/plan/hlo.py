@@ -63,6 +63,8 @@ def parse(text: str) -> Program:
             if match := _HEADER.match(line):
                 current = computations[match[2]] = {}
                 entry = match[2] if match[1] else entry
+            elif _INSTRUCTION.match(line):
+                raise ValueError(f"an instruction of no computation: {line.strip()[:200]}")
         elif _END.match(line):
             current = None
         elif match := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line)):
