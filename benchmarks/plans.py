@@ -2,7 +2,7 @@
 
 JAX_PLATFORMS=cpu python benchmarks/plans.py --out=runs/plans.json
 
-Each plan is compiled twice, 2 to 4 minutes of two cores for the larger model, and needs
+Each plan is compiled twice, 1 to 8 minutes of two cores, and needs
 `pip install -e ".[tpu]"`. What is in --out already is not compiled again; the table is printed.
 """
 
@@ -33,6 +33,7 @@ PLANS = (
     ("configs/wan1_3b.py", "v5p:2x2x2"),
     ("configs/wan1_3b.py", "h100:8"),
 )
+DAY = 86_400
 
 
 def row(plan: Plan) -> dict[str, Any]:
@@ -74,15 +75,20 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{one['peak'] / GIB:.1f}" + "*" * one["by_formula"],
             f"{one['limit'] / GIB:.1f}",
             "yes" if one["fits"] else "no",
-            one["largest_batch"] or "",
+            "" if one["largest_batch"] is None else one["largest_batch"] or "none",
             f"{one['flops'] / 1e12:,.0f}",
             sent,
-            "{:.2g} to {:.2g}".format(*one["step"]),
-            "{:.2g} to {:.2g}".format(*(value / 86_400 for value in one["training"])),
-            "{:.2g} to {:.2g}".format(*(value / 86_400 for value in one["collection"])),
+            _range(one["step"], 1),
+            _range(one["training"], DAY),
+            _range(one["collection"], DAY),
         )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _range(seconds: Sequence[float], unit: float) -> str:
+    """Both ends to two digits."""
+    return " to ".join(f"{float(f'{value / unit:.2g}'):g}" for value in seconds)
 
 
 def plans(argv: Sequence[str]) -> None:
