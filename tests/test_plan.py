@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import train
+from benchmarks import plans
 from kernels.ahead_of_time import tpu_chips
 from linvideo_jax import config_files
 from linvideo_jax.models import registry
@@ -392,6 +393,21 @@ def test_largest_batch_lies_on_the_line_through_two(plan, monkeypatch):
     assert code == 0 and "largest batch that fits: about 10 (a line through batches 2 and 4)" in out
     code, out, _ = plan("v5e:2x2", "--config.transfer.batch_size=24")
     assert code == 1 and "--config.transfer.accumulate=3; --config.transfer.batch_size=10" in out
+
+
+def test_table_of_plans(tmp_path, capsys):
+    one = {
+        "mesh": {"data": 1, "fsdp": 4, "context": 16}, "batch_size": 4, "held": 3 * chips.GIB,
+        "peak": 27 * chips.GIB, "limit": 15.75 * chips.GIB, "by_formula": False, "fits": False,
+        "largest_batch": 0, "flops": 2.5961e15, "sent": None, "step": (96.2, 176.4),
+        "training": (86_400, 864_000), "collection": (8640, 17_280),
+    }  # fmt: skip
+    assert plans.table({"wan14b v5e:8x8 --config.mesh.context=16": one}).splitlines()[2] == (
+        "| wan14b v5e:8x8 mesh.context=16 | 1 x 4 x 16 | 4 | 3.0 | 27.0 | 15.8 | no | none | 2,596 "
+        "|  | 96 to 180 | 1 to 10 | 0.1 to 0.2 |"
+    )
+    assert plans.main(["plans.py", f"--out={tmp_path}/plans.json", "--only=v9:1"]) == 2
+    assert "--only=v9:1: choose one of h100:32, h100:8, v5e:4x4" in capsys.readouterr().err
 
 
 def test_without_the_compiler_of_tpus(plan, monkeypatch):
