@@ -42,7 +42,7 @@ def test_sizes_multiply_to_the_devices(asked, devices, sizes):
     [
         ({"context": 3}, 8, "context:3 does not divide the 8 devices"),
         ({"data": 2, "fsdp": 2, "context": 2}, 16, "does not multiply to the 16 devices"),
-        ({"data": 2}, 1, "does not multiply to the 1 device that"),
+        ({"data": 2}, 1, "does not multiply to the 1 device:"),
         ({"data": -1, "fsdp": -1}, 8, "leaves both data and fsdp open"),
         ({"data": -2}, 8, "has data:-2: choose 1 or more"),
         ({"tensor": 2}, 8, "has no axis 'tensor'"),

@@ -11,15 +11,19 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import train
+from benchmarks import plans
 from kernels.ahead_of_time import tpu_chips
 from linvideo_jax import config_files
 from linvideo_jax.models import registry
+from linvideo_jax.models.remat import rematerialised
 from linvideo_jax.models.wan_config import WanConfig
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel.layout import gather
 from linvideo_jax.plan import chips, collectives, hlo, planned, simulated
 from linvideo_jax.plan.collectives import Collective
 from linvideo_jax.plan.compiled import Compiled, Held, refused
 
-PROGRAM = """HloModule jit_f, num_partitions=8
+PROGRAM = r"""HloModule jit_f, num_partitions=8
 
 %add (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -65,10 +69,17 @@ PROGRAM = """HloModule jit_f, num_partitions=8
   %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %v = f32[128]{0} get-tuple-element(%arg), index=1
   %w = bf16[1,64]{1,0} constant({...})
+  %kernel = (f32[8]{0}, f32[128]{0}) custom-call(%v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 512}"
+}}, metadata={op_name="attention"}
   %begun = (bf16[1,64]{1,0}, bf16[1,256]{1,0}) fusion(%w), kind=kCustom, calls=%start
   %ended = bf16[1,256]{1,0} fusion(%w), kind=kCustom, calls=%done
   %r = f32[128]{0} conditional(%i, %v, %v, /*index=3*/%v), branch_computations={%softmax, %linear, %mix}
-  ROOT %next = (s32[]{:T(128)}, f32[128]{0}) tuple(%i, %r)
+  %one.1 = s32[]{:T(128)} constant(1)
+  %i.1 = s32[]{:T(128)} add(%i, %one.1)
+  %rise = s32[]{:T(128)} constant(RISE)
+  %i.2 = s32[]{:T(128)} add(%i.1, %rise)
+  ROOT %next = (s32[]{:T(128)}, f32[128]{0}) tuple(%i.2, %r)
 }
 
 %condition (arg.1: (s32[], f32[128])) -> pred[] {
@@ -95,8 +106,8 @@ ENTRY %main (x.1: f32[128]) -> f32[128] {
 """  # noqa: E501
 
 
-def program(lowest="0", trips=""):
-    return PROGRAM.replace("LOWEST", lowest).replace("TRIPS", trips)
+def program(lowest="0", trips="", rise="0"):
+    return PROGRAM.replace("LOWEST", lowest).replace("TRIPS", trips).replace("RISE", rise)
 
 
 def test_collectives_of_a_program_text():
@@ -136,6 +147,27 @@ ENTRY %main (a: bf16[8,4], b: f32[2]) -> bf16[16,4] {
     assert one == Collective("all-gather", 64 + 8, 128 + 16, 2, 1)
 
 
+def test_a_sum_of_which_a_part_is_kept_is_one_into_shards():
+    """In the partitioner's text alone: a compiler that has ended says itself what it does."""
+    text = """HloModule jit_f, num_partitions=4
+
+ENTRY %main (x: bf16[64,8], i: s32[]) -> bf16[8,16] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %whole = bf16[64,8]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %turned = bf16[8,64]{0,1} transpose(%whole), dimensions={1,0}
+  %part = bf16[8,16]{1,0} dynamic-slice(%turned, %i, %i), dynamic_slice_sizes={8,16}
+  %all = bf16[8,16]{1,0} all-reduce(%part), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %used = bf16[8,16]{1,0} add(%all, %part)
+}
+"""
+    once, again = 0.75 * 2 * 64 * 8, 0.75 * 2 * 8 * 16
+    sent = {kind: sent for kind, (_, sent) in collectives.count(text, 4).by_kind().items()}
+    assert sent == {"all-reduce": 2 * once + 2 * again}
+    found = collectives.count(text, 4, partitioned=True).by_kind()
+    assert found == {"reduce-scatter": (1, once), "all-reduce": (1, 2 * again)}
+
+
 def test_branches_by_how_often_they_are_taken():
     calls = collectives.count(program(), 8, (1 / 3, 2 / 3, 0)).by_kind()
     assert calls["collective-permute"] == (2, 2 * 512)
@@ -149,10 +181,21 @@ def test_trip_counts():
         return hlo.trip_count(text, main, main["while"])
 
     assert trips() == 6 and trips(lowest="2") == 4
+    assert trips(rise="1") == 3 and trips(rise="3") == 2  # unrolled
     noted = ', backend_config={"known_trip_count":{"n":"11"}}'
     assert trips(trips=noted) == 11
     unknown = program().replace("direction=LT", "direction=NE")
     assert collectives.count(unknown, 8).unknown_loops == 1
+
+
+def test_no_line_of_a_program_is_passed_over():
+    """Of a kernel whose attributes take several lines, neither it nor what follows."""
+    body = hlo.parse(program()).computations["body"]
+    assert "metadata" in body["kernel"].attributes and body["next"].is_root
+    with pytest.raises(ValueError, match=r"no instruction .*: ROOT %sum = f32"):
+        hlo.parse(program().replace("add(%x, %y)", "add of %x, %y"))
+    with pytest.raises(ValueError, match=r"of no computation: %begun"):
+        hlo.parse(program().replace("  %begun", "}\n  %begun"))
 
 
 def test_shapes():
@@ -183,6 +226,29 @@ def test_a_compiled_scan_gathers_each_layer_once_a_direction():
     assert found.unknown_loops == 0 and calls == 10 and sent == 10 * 0.75 * layer
     # A gradient is summed into shards: by a reduce-scatter, or by an all-reduce and a slice.
     assert 5 * 0.75 * layer <= found.sent - sent <= 2 * 5 * 0.75 * layer
+
+
+@pytest.mark.parametrize("machine", ["v5p:2x2x2", "v5e:4x4"])
+def test_weights_over_two_axes_are_gathered_once_and_summed_into_shards(machine):
+    """As `layout.gather` has it; with both axes at once all-reduces send more than this."""
+    mesh = meshes.make({"data": 1, "fsdp": -1, "context": 2}, tpu_chips(machine))
+    at = NamedSharding(mesh, PartitionSpec(("fsdp", "context")))
+    by_tokens = NamedSharding(mesh, PartitionSpec("fsdp", "context"))
+
+    layer = rematerialised(lambda x, w: (jnp.tanh(x @ gather(w, at)), None), "full")
+
+    def loss(weights, x):
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    layers = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "context")))
+    weights = jax.ShapeDtypeStruct((3, 1024, 1024), jnp.bfloat16, sharding=layers)
+    x = jax.ShapeDtypeStruct((8, 4096, 1024), jnp.bfloat16, sharding=by_tokens)
+    compiled = jax.jit(jax.grad(loss), out_shardings=layers).lower(weights, x).compile()
+    sent = collectives.count(compiled.as_text(), mesh.size).by_kind()
+    once = 3 * 2 * 1024 * 1024 * (1 - 1 / mesh.size)
+    assert sent["all-gather"][1] == 2 * once  # backward too
+    assert sent["reduce-scatter"][1] == once
+    assert sum(bytes_sent for _, bytes_sent in sent.values()) < 3.1 * once
 
 
 @pytest.mark.parametrize(
@@ -258,19 +324,28 @@ def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.replace('"tiny"', '"wan_digits"'))
     config = config_files.load(str(tmp_path / "config.py"))
     (made,) = simulated.compile_updates(config, 2, (2,))
-    assert made.batch_size == 2 and made.peak > made.held.total > 0
+    assert made.batch_size == 2 and made.peak > 2 * made.held.total > 0  # state, old and new
     assert made.mixed.by_kind()["all-to-all"][0] > made.rounded.by_kind()["all-to-all"][0] > 0
+    # 8 kernels of each of 12 layers (both devices have the text's keys whole); the CPU's own
+    # program has no reduce-scatter.
+    assert made.mixed.by_kind()["reduce-scatter"][0] >= 12 * 8
 
 
 def test_plan_for_gpus_that_are_not_here(plan, monkeypatch):
     nothing = collectives.Communication((), 0)
     made = Compiled(2, Held(100, 200, 0, 50, 0), 900, nothing, nothing, "", 1.0)
-    more = replace(made, batch_size=4)
-    monkeypatch.setattr(simulated, "compile_updates", lambda config, count, batches: [made, more])
+
+    def compiled(config, count, batches):
+        return [replace(made, batch_size=batch_size) for batch_size in batches]
+
+    monkeypatch.setattr(simulated, "compile_updates", compiled)
     code, out, _ = plan("h100:4")
     assert code == 0 and "machine: h100:4, 4 x h100; mesh data:2" in out
     assert "peak (formula)" in out and "peak (CPU compiler)" in out and "of 68.5: fits" in out
-    assert "largest batch" not in out  # the two are alike
+    # By the formula, as the peak: the CPU's two are alike.
+    largest = int(re.search(r"largest batch that fits: about (\d+) ", out)[1])
+    assert plan("h100:4", f"--config.transfer.batch_size={largest}")[0] == 0
+    assert plan("h100:4", f"--config.transfer.batch_size={largest + 2}")[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -332,6 +407,21 @@ def test_largest_batch_lies_on_the_line_through_two(plan, monkeypatch):
     assert code == 0 and "largest batch that fits: about 10 (a line through batches 2 and 4)" in out
     code, out, _ = plan("v5e:2x2", "--config.transfer.batch_size=24")
     assert code == 1 and "--config.transfer.accumulate=3; --config.transfer.batch_size=10" in out
+
+
+def test_table_of_plans(tmp_path, capsys):
+    one = {
+        "mesh": {"data": 1, "fsdp": 4, "context": 16}, "batch_size": 4, "held": 3 * chips.GIB,
+        "peak": 27 * chips.GIB, "limit": 15.75 * chips.GIB, "by_formula": False, "fits": False,
+        "largest_batch": 0, "flops": 2.5961e15, "sent": None, "step": (96.2, 176.4),
+        "training": (86_400, 864_000), "collection": (8640, 17_280),
+    }  # fmt: skip
+    assert plans.table({"wan14b v5e:8x8 --config.mesh.context=16": one}).splitlines()[2] == (
+        "| wan14b v5e:8x8 mesh.context=16 | 1 x 4 x 16 | 4 | 3.0 | 27.0 | 15.8 | no | none | 2,596 "
+        "|  | 96 to 180 | 1 to 10 | 0.1 to 0.2 |"
+    )
+    assert plans.main(["plans.py", f"--out={tmp_path}/plans.json", "--only=v9:1"]) == 2
+    assert "--only=v9:1: choose one of h100:32, h100:8, v5e:4x4" in capsys.readouterr().err
 
 
 def test_without_the_compiler_of_tpus(plan, monkeypatch):

@@ -33,6 +33,14 @@ class Layout:
         """The parameters of one layer, whole, from the shards in which they are kept."""
         return params
 
+    def features(self, x: Float[Array, "rows features"]) -> Array:
+        """Few rows before a product with a large kernel: shared out as the kernel's inputs are."""
+        return x
+
+    def rows(self, x: Float[Array, "rows ..."]) -> Array:
+        """Results of such products, back to where the batch is."""
+        return x
+
     def keep(self, tree: Any) -> Any:
         """Parameters, or anything with their names, back to how they are kept."""
         return tree

@@ -201,7 +201,9 @@ class WanTransformer(nnx.Module):
 
         The last two are stacked; keys of None are made in the block, of the text that is given.
         """
-        time = timestep if isinstance(timestep, TimeEmbedding) else self.embed_time(timestep)
+        time = timestep
+        if not isinstance(timestep, TimeEmbedding):
+            time = self.condition_embedder.embed_time(timestep, layout)
         if isinstance(text, Text):
             embedded, (keys, bias) = None, text
         else:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from kernels.dispatch import platform
 from kernels.linear_attention import FeatureMap
 from kernels.mixture import mix
-from linvideo_jax.models.layout import Layout
+from linvideo_jax.models.layout import WHOLE, Layout
 from linvideo_jax.models.rotary import Rotation, rotate, rotate_on_gpu
 from linvideo_jax.models.wan_config import WanConfig
 
@@ -86,12 +86,15 @@ class TimeEmbedder(nnx.Module):
         self.linear_1 = linear(config.freq_dim, config.dim, rngs, **options)
         self.linear_2 = linear(config.dim, config.dim, rngs, **options)
 
-    def __call__(self, timestep: Float[Array, "*batch"]) -> Float[Array, "*batch dim"]:
+    def __call__(
+        self, timestep: Float[Array, "*batch"], layout: Layout
+    ) -> Float[Array, "*batch dim"]:
         half = self.freq_dim // 2
         frequencies = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
         angles = timestep.astype(jnp.float32)[..., None] * frequencies
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+        x = jax.nn.silu(self.linear_1(layout.features(x)))
+        return self.linear_2(layout.features(x))
 
 
 class TimeEmbedding(NamedTuple):
@@ -110,10 +113,11 @@ class ConditionEmbedder(nnx.Module):
         self.time_proj = linear(config.dim, 6 * config.dim, rngs, precision="highest")
 
     @jax.named_scope("time_embedding")
-    def embed_time(self, timestep: Float[Array, "*batch"]) -> TimeEmbedding:
+    def embed_time(self, timestep: Float[Array, "*batch"], layout: Layout = WHOLE) -> TimeEmbedding:
         """Of timesteps in [0, 1000]; of all steps of a sampler at once, one product each."""
-        head = self.time_embedder(timestep)
-        blocks = self.time_proj(jax.nn.silu(head))
+        head = self.time_embedder(timestep, layout)
+        blocks = layout.rows(self.time_proj(layout.features(jax.nn.silu(head))))
+        head = layout.rows(head)
         return TimeEmbedding(head, blocks.reshape(*head.shape[:-1], 6, head.shape[-1]))
 
 

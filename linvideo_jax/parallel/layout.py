@@ -101,6 +101,15 @@ class MeshLayout:
 
         return jax.tree_util.tree_map_with_path(gathered, params)
 
+    # By way of everywhere the same, here and in the gradient: the partitioner does so with small
+    # arrays anyway, and warns.
+    def features(self, x: Float[Array, "rows features"]) -> Array:
+        spec = rules.spec("kernel", (x.shape[1], 1), self.mesh)
+        return self._constrained(self._constrained(x), None, *spec[:1])
+
+    def rows(self, x: Float[Array, "rows ..."]) -> Array:
+        return self._constrained(self._constrained(x), meshes.batch_spec(self.mesh, x.shape[0]))
+
     def keep(self, tree: Any) -> Any:
         """A state, or gradients, as the table has them: for the results of an update."""
         return jax.lax.with_sharding_constraint(tree, rules.shardings(tree, self.mesh))
@@ -147,8 +156,15 @@ class MeshLayout:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: Array, sharding: NamedSharding) -> Array:
-    """The whole of an array on every device; its gradient is summed straight into the shards."""
-    return jax.lax.with_sharding_constraint(x, meshes.replicated(sharding.mesh))
+    """The whole of an array on every device; its gradient is summed straight into the shards.
+
+    One axis of the mesh after the other, the innermost first, and the gradient the other way round.
+    Asked for both at once, TPU's compiler (libtpu 0.0.42) makes all-reduces of whole arrays out of
+    the sums into shards, and on v5p of the gathers too, which send twice as much.
+    """
+    for spec in _fewer_axes(sharding.spec)[1:]:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+    return x
 
 
 def _gather_forward(x, sharding):
@@ -156,7 +172,19 @@ def _gather_forward(x, sharding):
 
 
 def _gather_backward(sharding, _, gradient):
-    return (jax.lax.with_sharding_constraint(gradient, sharding),)
+    for spec in reversed(_fewer_axes(sharding.spec)[:-1]):
+        gradient = jax.lax.with_sharding_constraint(gradient, NamedSharding(sharding.mesh, spec))
+    return (gradient,)
+
+
+def _fewer_axes(spec: PartitionSpec) -> list[PartitionSpec]:
+    """`spec`, the same without the innermost axis of the mesh, and so on to one without any."""
+    specs, axes = [spec], [(part,) if isinstance(part, str) else part or () for part in spec]
+    while any(axes):
+        last = max(place for place, names in enumerate(axes) if names)
+        axes[last] = axes[last][:-1]
+        specs.append(PartitionSpec(*(names or None for names in axes)))
+    return specs
 
 
 gather.defvjp(_gather_forward, _gather_backward)

@@ -63,7 +63,7 @@ def resolve(asked: Mapping[str, int], num_devices: int) -> dict[str, int]:
         told = ", ".join(f"{name}:{size}" for name, size in sizes.items() if name not in free)
         verb = "does not divide" if free else "does not multiply to"
         devices = f"{num_devices} device{'s' if num_devices > 1 else ''}"
-        raise UserError(f"the mesh {told} {verb} the {devices} that are here: choose other sizes.")
+        raise UserError(f"the mesh {told} {verb} the {devices}: choose other sizes.")
     return {name: sizes[name] for name in AXES}
 
 

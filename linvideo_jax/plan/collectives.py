@@ -60,11 +60,18 @@ class Communication:
         return sum(one.sent for one in self.collectives)
 
 
-def count(text: str, num_devices: int, branches: Sequence[float] | None = None) -> Communication:
+def count(
+    text: str,
+    num_devices: int,
+    branches: Sequence[float] | None = None,
+    partitioned: bool = False,
+) -> Communication:
     """Counts the collectives of `compiled.as_text()`, bodies of loops times their trip counts.
 
     num_devices: of the program, for instructions whose group is everyone. branches: how often each
     branch is taken in conditionals that have so many; in all others, the branch that sends most.
+    partitioned: the text is what the partitioner gave and compilers for GPUs go on from: they make
+    a reduce-scatter of an all-reduce of which each device keeps a part.
     """
     program = hlo.parse(text)
     unknown = []
@@ -116,6 +123,8 @@ def count(text: str, num_devices: int, branches: Sequence[float] | None = None) 
         operand = sum(hlo.shape_bytes(one.shape) for one in operands if one is not None)
         group = _group(instruction.attributes, num_devices)
         result = hlo.shape_bytes(instruction.shape)
+        if partitioned and kind == "all-reduce" and hlo.is_cut(computation, instruction):
+            kind = "reduce-scatter"
         if instruction.operation.endswith("-start") and kind != "all-reduce":
             # The tuple holds the operands too. A GPU's program gathers several arrays as one.
             result = operand * group if kind == "all-gather" else operand

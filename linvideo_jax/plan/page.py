@@ -96,7 +96,8 @@ def _work(plan: Plan) -> str:
 
 
 def _communication(plan: Plan) -> str:
-    lines = ["sent by one chip in one update (counted in the compiled program, loops included):"]
+    program = "the compiled program" if plan.formula is None else "what XLA's partitioner made"
+    lines = [f"sent by one chip in one update (counted in {program}, loops included):"]
     for name, part in zip(("mixed", "rounded"), plan.communication, strict=True):
         if part is None:
             return lines[0] + "\n  not known: the compiler refused the program"
@@ -115,9 +116,10 @@ def _times(plan: Plan) -> str:
     first, second, third = plan.steps.counts
     slow, fast = plan.machine.one_way
     low, high = chip.efficiency
+    known = plan.communication[0] is not None
     return "\n".join(
         [
-            "time: a model, not a measurement",
+            "time: a model, not a measurement" + ("" if known else "; without communication"),
             f"  a step: warm-up {_seconds(warmup)}, mixed {_seconds(mixed)}, rounded "
             f"{_seconds(rounded)}",
             f"  {first:,} + {second:,} + {third:,} steps: {_long(plan.training_seconds)}",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,9 +29,9 @@ class Plan:
     """All that the page tells.
 
     sizes: of the mesh's axes. chosen: the compilation at the configuration's batch size, other: at
-    another one, None if it was of no use. estimate: bytes by name, by `memory.estimate`, which
-    stands for the compiler's where that is not here (`formula`). unit: samples of the smallest
-    batch of which every chip has a part.
+    another one, None if it was of no use. estimate, other_estimate: for these two, bytes by name,
+    by `memory.estimate`, which stands for the compiler's where that is not here (`formula`). unit:
+    samples of the smallest batch of which every chip has a part.
     """
 
     config: Any
@@ -42,6 +42,7 @@ class Plan:
     chosen: Compiled
     other: Compiled | None
     estimate: dict[str, int]
+    other_estimate: dict[str, int] | None
     steps: Steps
     collection: Work
     unit: int
@@ -69,12 +70,12 @@ class Plan:
 
     @property
     def largest_batch(self) -> int | None:
-        """The largest batch that fits, by a line through both compilations; 0 if none does, None
-        if it is not known."""
+        """The largest batch that fits, by a line through both compilations, or both estimates; 0 if
+        none does, None if it is not known."""
         if self.other is None:
             return None
-        more = self.chosen.batch_size - self.other.batch_size
-        slope = (self.chosen.peak - self.other.peak) / more
+        other = sum(self.other_estimate.values()) if self.formula else self.other.peak
+        slope = (self.peak - other) / (self.chosen.batch_size - self.other.batch_size)
         if slope <= 0:
             return None
         room = self.chosen.batch_size + (self.limit - self.peak) / slope
@@ -130,6 +131,10 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
     else:
         say(f"compiling the update for {machine.num_chips} simulated devices ...")
         chosen, other = simulated.compile_updates(config, machine.num_chips, batches)
+    estimates = [
+        one and memory.estimate(replace(recipe, batch_size=one.batch_size), given, mesh, one.held)
+        for one in (chosen, other)
+    ]
     return Plan(
         config,
         machine,
@@ -138,7 +143,7 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
         sizes,
         chosen,
         other,
-        memory.estimate(recipe, given, mesh, chosen.held),
+        *estimates,
         times.steps(config, recipe, given),
         times.collection(config, recipe, given),
         unit,

@@ -2,7 +2,8 @@
 
 In a process of its own, since the number of devices is fixed when JAX starts. What it gives is the
 program that XLA's partitioner makes, so shapes and communication; the GPU's own compiler fuses
-and schedules otherwise, so memory is nearer to an upper bound.
+and schedules otherwise, so memory is nearer to an upper bound. Nothing comes from the cache of
+compiled programs, which holds no partitioner's text.
 """
 
 import multiprocessing
@@ -14,7 +15,11 @@ from linvideo_jax.plan.compiled import Compiled
 
 def compile_updates(config, num_devices: int, batch_sizes: tuple[int, ...]) -> list[Compiled]:
     """`compile_update` on a mesh of simulated devices, for each of the batch sizes."""
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     before = {name: os.environ.get(name) for name in environment}
     os.environ |= environment  # what a spawned process starts with
     try:
@@ -31,4 +36,7 @@ def _here(config, batch_sizes: tuple[int, ...]) -> list[Compiled]:
     from linvideo_jax.plan.compiled import compile_update
 
     mesh = meshes.from_config(config)
-    return [compile_update(config, mesh, "cpu", batch_size) for batch_size in batch_sizes]
+    return [
+        compile_update(config, mesh, "cpu", batch_size, simulated=True)
+        for batch_size in batch_sizes
+    ]
