@@ -144,6 +144,24 @@ def test_what_libraries_do_not_take_is_said(name, options, platform, reason):
         softmax_attention(q, k, v, implementation=name)
 
 
+def test_tokamax_is_imported_before_anything_is_traced(monkeypatch):
+    """A stand-in for the package that says when it is imported."""
+    seen = []
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "tokamax":
+                seen.append(name)
+
+    monkeypatch.delitem(sys.modules, "tokamax", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    for plugin, platforms, wanted in ((None, "", 0), ("a plugin", "cpu", 0), ("a plugin", "", 1)):
+        monkeypatch.setattr(tokamax_mosaic.importlib.util, "find_spec", lambda name, p=plugin: p)
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        tokamax_mosaic.import_early()
+        assert len(seen) == wanted
+
+
 def test_a_missing_package_is_a_refusal(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     q, k, v, _ = arrays(jnp.bfloat16, head_dim=64)
