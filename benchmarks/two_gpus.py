@@ -213,7 +213,7 @@ class Benchmark:
     def train(self, count: int) -> dict[str, Any]:
         """An update with ADM, every layer mixed, of one sample for each GPU."""
         config = _smoke_config(self.small, count)
-        return smoke.measure(config, 2, devices=jax.devices()[:count])
+        return smoke.measure(config, 3, devices=jax.devices()[:count])
 
 
 def on(count: int, sizes: Mapping[str, int], config: Any, exchange: str = "auto") -> Placement:
