@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels import measured
 from kernels.gpu import GPU
 
 # Written by benchmarks/tune_kernels.py: a list of {device, dtype, head_dim, features, heads,
@@ -75,21 +74,12 @@ class Layer(NamedTuple):
 
 def choose(gpu: GPU, layer: Layer) -> TileConfig:
     """The stored tiles nearest in heads and tokens for this chip, dtype and sizes, or a default."""
-
-    def distance(entry):
-        pairs = ((entry[name], getattr(layer, name)) for name in ("heads", "tokens"))
-        return sum(abs(math.log2(stored / wanted)) for stored, wanted in pairs)
-
-    same = ("dtype", "head_dim", "features")
-    entries = [
-        entry
-        for entry in stored()
-        if entry["device"] == gpu.kind and all(entry[x] == getattr(layer, x) for x in same)
-    ]
+    entries = measured.alike(stored(), gpu, layer, ("dtype", "head_dim", "features"))
     config = default(gpu, layer)
     if not entries:
         return config
-    tiles = min(entries, key=distance)["tiles"]
+    nearest = min(entries, key=lambda x: measured.distance(x, layer, "heads", "tokens"))
+    tiles = nearest["tiles"]
     return replace(config, **{kernel: Tiles(**tiles[kernel]) for kernel in tiles})
 
 
@@ -154,7 +144,7 @@ def padded_features(features: int) -> int:
 
 @functools.cache
 def stored() -> list[dict[str, Any]]:
-    return json.loads(STORED.read_text()) if STORED.exists() else []
+    return measured.read(STORED)
 
 
 def entry(gpu: GPU, layer: Layer, config: TileConfig) -> dict[str, Any]:

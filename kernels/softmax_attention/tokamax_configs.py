@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kernels import measured
 from kernels.gpu import GPU
 
 if TYPE_CHECKING:
@@ -40,20 +39,15 @@ def choose(gpu: GPU, layer: Layer) -> dict[str, Any] | None:
     None where the nearest has four times as many keys or more, or as few: tokamax's heuristic
     decides then.
     """
-
-    def distance(entry, name):
-        return abs(math.log2(entry[name] / getattr(layer, name)))
-
     entries = [
         entry
-        for entry in stored()
-        if entry["device"] == gpu.kind
-        and all(entry[name] == getattr(layer, name) for name in ("dtype", "head_dim"))
-        and distance(entry, "keys") < 2
+        for entry in measured.alike(stored(), gpu, layer, ("dtype", "head_dim"))
+        if measured.distance(entry, layer, "keys") < 2
     ]
     if not entries:
         return None
-    nearest = min(entries, key=lambda x: sum(distance(x, n) for n in ("keys", "tokens", "heads")))
+    sizes = ("keys", "tokens", "heads")
+    nearest = min(entries, key=lambda x: measured.distance(x, layer, *sizes))
     config = nearest["config"]
     # Without this many blocks of keys the stages of a program could not be filled.
     fits = config["num_stages"] <= -(-layer.keys // config["block_kv"])
@@ -62,4 +56,4 @@ def choose(gpu: GPU, layer: Layer) -> dict[str, Any] | None:
 
 @functools.cache
 def stored() -> list[dict[str, Any]]:
-    return json.loads(STORED.read_text()) if STORED.exists() else []
+    return measured.read(STORED)

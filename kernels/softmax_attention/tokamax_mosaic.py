@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -32,9 +33,20 @@ def import_early() -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(importlib.util.find_spec, plugins)):
         return
     try:
-        import tokamax  # noqa: F401
+        _package()
+    except NotImplementedError as refusal:
+        _log.info("tokamax: %s", refusal)
+
+
+def _package() -> ModuleType:
+    """tokamax. Raises: NotImplementedError without it."""
+    try:
+        import tokamax
     except ImportError as error:
-        _log.info("tokamax: %s", error)
+        raise NotImplementedError(
+            f"needs the package tokamax, which needs Python 3.12 or newer: {error}"
+        ) from error
+    return tokamax
 
 
 import_early()
@@ -52,12 +64,10 @@ def softmax_attention(
     128, for a bias, without the package tokamax, and where tokamax itself refuses.
     """
     check(q, bias)
-    import tokamax
-
     config = tokamax_configs.choose(target(), tokamax_configs.Layer.of(q, k))
     if config is not None and (kernel := configured(q, k, v, config)) is not None:
         return kernel(q, k, v)
-    return tokamax.dot_product_attention(q, k, v, implementation="mosaic")
+    return _package().dot_product_attention(q, k, v, implementation="mosaic")
 
 
 def configured(
@@ -98,9 +108,4 @@ def check(
         raise NotImplementedError(f"needs head_dim 64 or 128, got {q.shape[-1]}")
     if bias is not None:
         raise NotImplementedError("is not used with a bias, whose gradient it would compute")
-    try:
-        import tokamax  # noqa: F401
-    except ImportError as error:
-        raise NotImplementedError(
-            f"needs the package tokamax, which needs Python 3.12 or newer: {error}"
-        ) from error
+    _package()
