@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from linvideo_jax import compiled_programs
+from linvideo_jax import compiled_programs, pipeline
+from linvideo_jax.flow import grids
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.module import Params, bind
 from linvideo_jax.models.wan import LINEAR, SOFTMAX, WanConfig, WanTransformer
@@ -42,6 +43,29 @@ def embedded(params, timestep, text, lengths, *, config, video_tokens, dtype):
     model = bind(WanTransformer, config, params)
     words = model.embed_text(text, lengths, video_tokens=video_tokens, dtype=dtype)
     return model.embed_time(timestep), words
+
+
+def sampling_loop(
+    config: WanConfig,
+    params: Params,
+    shape: Sequence[int],
+    lengths: Sequence[int],
+    steps: int,
+    dtype: Any,
+    mode: np.ndarray | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `pipeline.denoise` for one video of noise and random text, by place and by name.
+
+    lengths: tokens of the prompt and, with guidance, of the negative one.
+    """
+    lengths = jnp.array(lengths)
+    words = jax.random.normal(jax.random.key(0), (len(lengths), 160, config.text_dim))
+    words = words * (jnp.arange(160) < lengths[:, None])[..., None]
+    text = (words.astype(dtype), lengths)
+    seeds = jnp.zeros(1, jnp.uint32)
+    inputs = (params, pipeline.noise([0], shape), seeds, *text, jnp.float32(5.0), mode)
+    sigmas = tuple(grids.sigma_grid(steps, 5.0).tolist())
+    return inputs, {"config": config, "sampler": "unipc", "sigmas": sigmas, "dtype": dtype}
 
 
 class Ours:

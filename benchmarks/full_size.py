@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import convert_memory, measure, random_checkpoint
+from benchmarks import contenders, convert_memory, measure, random_checkpoint
 from linvideo_jax import (
     checkpoints,
     command_line,
@@ -46,7 +46,6 @@ from linvideo_jax import (
     pipeline,
     turns,
 )
-from linvideo_jax.flow import grids
 from linvideo_jax.metrics import likeness
 from linvideo_jax.models import module, registry
 from linvideo_jax.models.registry import ModelSizes
@@ -230,17 +229,12 @@ def parity_part(sizes: Scale, folder: Path) -> dict[str, Any]:
     ours = velocity(params, latents, timestep, text[:, : length + 40], jnp.array([length]))
     figures = {
         "tokens": int(np.prod(shape[:3]) // np.prod(config.patch_size)),
-        "our_error": _relative(np.asarray(ours), theirs["float32"]),
-        "diffusers_error": _relative(theirs["bfloat16"], theirs["float32"]),
-        "ours_to_diffusers_bfloat16": _relative(np.asarray(ours), theirs["bfloat16"]),
+        "our_error": measure.relative_error(ours, theirs["float32"]),
+        "diffusers_error": measure.relative_error(theirs["bfloat16"], theirs["float32"]),
+        "ours_to_diffusers_bfloat16": measure.relative_error(ours, theirs["bfloat16"]),
     }
     ratio = figures["our_error"] / figures["diffusers_error"]
     return figures | {"ratio": ratio, "ratio_within_goal": ratio <= PARITY_GOAL}
-
-
-def _relative(value: np.ndarray, wanted: np.ndarray) -> float:
-    value, wanted = value.astype(np.float64), wanted.astype(np.float64)
-    return float(np.linalg.norm(value - wanted) / np.linalg.norm(wanted))
 
 
 def large_part(sizes: Scale, folder: Path) -> dict[str, Any]:
@@ -258,25 +252,10 @@ def large_part(sizes: Scale, folder: Path) -> dict[str, Any]:
         jax.block_until_ready(params)
     shutil.rmtree(place)
     shape = pipeline.latent_shape(config, sizes.large.vae, *sizes.high)
-    text = jax.random.normal(jax.random.key(1), (2, 160, config.text_dim), sizes.dtype)
-    lengths = jnp.array([60, 130])
-    text = jnp.where(jnp.arange(160)[:, None] < lengths[:, None, None], text, 0)
-    sigmas = tuple(grids.sigma_grid(2, 5.0).tolist())
+    inputs, options = contenders.sampling_loop(config, params, shape, (60, 130), 2, sizes.dtype)
     for name in ("first", "warm"):
         with stages(f"2 steps with guidance, {name}"):
-            latents = pipeline.denoise(
-                params,
-                pipeline.noise([0], shape),
-                jnp.zeros(1, jnp.uint32),
-                text,
-                lengths,
-                jnp.float32(5.0),
-                None,
-                config=config,
-                sampler="unipc",
-                sigmas=sigmas,
-                dtype=sizes.dtype,
-            )
+            latents = pipeline.denoise(*inputs, **options)
             finite = bool(jnp.isfinite(latents).all())
     assert finite
     return figures | {"tokens": int(np.prod(shape[:3])) // 4, "stages": stages.figures}

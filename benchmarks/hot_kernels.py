@@ -58,12 +58,12 @@ def collectives(run: Callable[[], Any]) -> list[dict[str, Any]]:
     found = []
     for plane in _gpus(_traced(run)):
         exchange, other, names = [], [], Counter()
-        for name, operation, *interval in _kernels(plane):
+        for name, operation, start, length in _kernels(plane):
             if "nccl" in name.lower() or operation.startswith(KINDS):
-                exchange.append(interval)
-                names[name] += (interval[1] - interval[0]) / 1e6
+                exchange.append((start, start + length))
+                names[name] += length / 1e6
             else:
-                other.append(interval)
+                other.append((start, start + length))
         busy = covered(exchange + other)
         found.append(
             {
@@ -108,30 +108,26 @@ def _gpus(data: Any) -> list[Any]:
 
 
 def _kernels(plane: Any) -> Iterator[tuple[str, str, float, float]]:
-    """(name, XLA's instruction, start, end in ns) of a GPU's streams; other lines repeat them."""
-    for line in plane.lines:
-        if not line.name.startswith("Stream"):
-            continue
+    """`_events` of a GPU's streams; its other lines are the same again, by module and by source."""
+    return _events(line for line in plane.lines if line.name.startswith("Stream"))
+
+
+def _events(lines: Iterable[Any]) -> Iterator[tuple[str, str, float, float]]:
+    """(name, XLA's instruction, start and length in ns)."""
+    for line in lines:
         for event in line.events:
             stats = {key: value for key, value in event.stats if key is not None}
-            start = event.start_ns
-            yield event.name, str(stats.get("hlo_op", "")), start, start + event.duration_ns
+            yield event.name, str(stats.get("hlo_op", "")), event.start_ns, event.duration_ns
 
 
 def _totals(data: Any, scope_of: Mapping[str, str]) -> tuple[Counter, Counter]:
     """Milliseconds by kernel and by scope: of a GPU's streams, or of a CPU's operations."""
     kernels, scopes = Counter(), Counter()
     gpus = _gpus(data)
-    for plane in gpus[:1] or data.planes:
-        for line in plane.lines:
-            if gpus and not line.name.startswith("Stream"):
-                continue  # the same again, by module and by source
-            for event in line.events:
-                stats = {key: value for key, value in event.stats if key is not None}
-                operation = str(stats.get("hlo_op", ""))
-                if not gpus and (not operation or operation.startswith(("while", "call", "cond"))):
-                    continue  # threads wait in other events, and these hold others
-                milliseconds = event.duration_ns / 1e6
-                kernels[event.name] += milliseconds
-                scopes[scope_of.get(operation, NO_SCOPE)] += milliseconds
+    events = _kernels(gpus[0]) if gpus else _events(x for plane in data.planes for x in plane.lines)
+    for name, operation, _, length in events:
+        if not gpus and (not operation or operation.startswith(("while", "call", "cond"))):
+            continue  # threads wait in other events, and these hold others
+        kernels[name] += length / 1e6
+        scopes[scope_of.get(operation, NO_SCOPE)] += length / 1e6
     return kernels, scopes

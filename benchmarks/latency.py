@@ -42,7 +42,6 @@ from absl import flags
 
 from benchmarks import contenders, hot_kernels, latency_table, measure, mesh_of_one
 from linvideo_jax import command_line, pipeline, text
-from linvideo_jax.flow import grids
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import module, registry
 from linvideo_jax.models.umt5 import UMT5Encoder
@@ -89,6 +88,11 @@ class Size(NamedTuple):
     def tokens(self) -> int:
         """Of one video."""
         return flops.video_tokens(self.models.transformer, self.shape)
+
+    def about(self) -> dict[str, Any]:
+        """What figures of it are of."""
+        blocks = self.models.transformer.num_layers
+        return {"size": self.name, "blocks": blocks, "tokens": self.tokens, "linear": self.linear}
 
     def rows(self) -> dict[str, Sequence[int] | None]:
         """Our rows, and the layers that are linear in them."""
@@ -140,11 +144,7 @@ class Benchmark:
             other = contenders.Diffusers(size.models.transformer)
             for row, backend in other.backends().items():
                 runs[row] = other.forward(size.shape, backend)
-        return self._about(size) | {"rows": self._measured(runs, self.rounds)}
-
-    def _about(self, size: Size) -> dict[str, Any]:
-        blocks = size.models.transformer.num_layers
-        return {"size": size.name, "blocks": blocks, "tokens": size.tokens, "linear": size.linear}
+        return size.about() | {"rows": self._measured(runs, self.rounds)}
 
     def _measured(self, runs: dict[str, contenders.Run], rounds: int) -> dict[str, Any]:
         rows = measure.interleaved({name: run.run for name, run in runs.items()}, rounds)
@@ -169,23 +169,15 @@ class Benchmark:
         measured = measure.interleaved(runs, rounds, warm_up=self.small)
         for row, figures in measured.items():
             figures["steps"] = 4 if row.endswith("4 steps") else self.steps
-        return self._about(size) | {"rows": measured}
+        return size.about() | {"rows": measured}
 
     def _loop(self, ours: contenders.Ours, size: Size, mode, steps: int, halves: int):
-        lengths = jnp.array([contenders.TEXT_LENGTH, 130][:halves])
-        words = jax.random.normal(jax.random.key(0), (halves, 160, ours.config.text_dim))
-        words = words * (jnp.arange(160) < lengths[:, None])[..., None]
-        start = pipeline.noise([0], size.shape)
-        text = (words.astype(self.dtype), lengths)
-        inputs = (ours.params, start, jnp.zeros(1, jnp.uint32), *text, jnp.float32(5.0), mode)
-        compiled = pipeline.denoise.lower(
-            *inputs,
-            config=ours.config,
-            sampler="unipc",
-            sigmas=tuple(grids.sigma_grid(steps, 5.0).tolist()),
-            dtype=self.dtype,
-        ).compile()
-        return lambda: jax.block_until_ready(compiled(*inputs))
+        lengths = (contenders.TEXT_LENGTH, 130)[:halves]
+        inputs, options = contenders.sampling_loop(
+            ours.config, ours.params, size.shape, lengths, steps, self.dtype, mode
+        )
+        compiled = pipeline.denoise.lower(*inputs, **options).compile()
+        return partial(measure.ready, compiled, *inputs)
 
     def stages(self) -> dict[str, Any]:
         """What is not the sampling loop, for both sizes; files are in `mp4`."""
@@ -201,7 +193,7 @@ class Benchmark:
             return module.bind(UMT5Encoder, umt5, params)(ids, lengths, dtype=self.dtype)
 
         figures = measure.interleaved(
-            {"text encoder": lambda: jax.block_until_ready(encode(params))}, self.rounds
+            {"text encoder": partial(measure.ready, encode, params)}, self.rounds
         )
         del params
         config = self.sizes["1.3b"].models.vae
@@ -210,8 +202,7 @@ class Benchmark:
             latents = jax.random.normal(jax.random.key(0), (1, *size.shape))
             for dtype in (jnp.float32, jnp.bfloat16):
                 name = f"VAE decode, {jnp.dtype(dtype)}, {size.name}"
-                decode = partial(vae.decode_pixels, latents, dtype)
-                runs[name] = lambda decode=decode: jax.block_until_ready(decode())
+                runs[name] = partial(measure.ready, vae.decode_pixels, latents, dtype)
         figures |= measure.interleaved(runs, max(1, self.rounds // 2))
         moves = {size.name: partial(_move, size.models.transformer, self.dtype) for size in sizes}
         for name, move in moves.items():
@@ -263,7 +254,7 @@ class Benchmark:
                 points.append({"row": row, "batch": count, **figures})
                 if "seconds" in figures:
                     points[-1]["seconds_per_video"] = figures["seconds"] / count
-        return self._about(size) | {"points": points}
+        return size.about() | {"points": points}
 
     def profile(self, name: str) -> dict[str, Any]:
         """Of LinVideo's forward and of the dense one."""
@@ -273,7 +264,7 @@ class Benchmark:
         for row, layers in size.rows().items():
             run = ours.forward(size.shape, layers)
             found[row] = hot_kernels.profile(run.run, run.program)
-        return self._about(size) | {"rows": found}
+        return size.about() | {"rows": found}
 
     def pieces(self) -> dict[str, Any]:
         """Queries, keys and values by three products or one, convolutions in two or three axes."""
@@ -285,8 +276,8 @@ class Benchmark:
             one = jnp.concatenate(list(weights), axis=1)
             apart = jax.jit(lambda x, weights: _normed(*(x @ weight for weight in weights)))
             joint = jax.jit(lambda x, one: _normed(*jnp.split(x @ one, 3, axis=1)))
-            runs[f"q, k, v apart, {size.name}"] = partial(_ready, apart, x, weights)
-            runs[f"q, k, v as one, {size.name}"] = partial(_ready, joint, x, one)
+            runs[f"q, k, v apart, {size.name}"] = partial(measure.ready, apart, x, weights)
+            runs[f"q, k, v as one, {size.name}"] = partial(measure.ready, joint, x, one)
         size, width = self.sizes["1.3b"], self.sizes["1.3b"].models.vae.base_dim
         for dtype in (jnp.float32, jnp.bfloat16):
             x = jnp.ones((1, 6, size.height, size.width, width), dtype)
@@ -294,7 +285,7 @@ class Benchmark:
             for name, convolve in (("taps", convolve_time), ("3D", _convolve_3d)):
                 run = jax.jit(convolve)
                 inputs = (x, kernel, jnp.zeros(width, dtype))
-                runs[f"VAE convolution, {name}, {x.dtype}"] = partial(_ready, run, *inputs)
+                runs[f"VAE convolution, {name}, {x.dtype}"] = partial(measure.ready, run, *inputs)
         return {"rows": measure.interleaved(runs, 4 * self.rounds)}
 
     def mesh_of_one(self) -> dict[str, Any]:
@@ -302,7 +293,7 @@ class Benchmark:
         size = self.sizes["1.3b"]
         blocks = 2 if self.small else 4
         rows = mesh_of_one.measured(size, self.dtype, self.rounds, blocks)
-        return self._about(size) | {"rows": rows}
+        return size.about() | {"rows": rows}
 
     def flags(self) -> dict[str, Any]:
         """Our rows of 1.3B under each of XLA_FLAGS."""
@@ -339,10 +330,6 @@ def _convolve_3d(x, kernel, bias):
     padding = [(0, 0), (1, 1), (1, 1)]
     y = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=axes)
     return y + bias
-
-
-def _ready(run, *inputs):
-    return jax.block_until_ready(run(*inputs))
 
 
 def _moving_picture(frames: int, height: int, width: int) -> np.ndarray:

@@ -206,6 +206,17 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
+def ready(run: Callable[..., Any], *inputs: Any) -> Any:
+    """run(*inputs) when it is done."""
+    return jax.block_until_ready(run(*inputs))
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """Distance of two arrays, relative to the norm of the second one."""
+    ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
 def within(peak: int, goal: int) -> bool | None:
     """None on a device that does not count its memory."""
     return peak <= goal if peak else None

@@ -6,7 +6,6 @@ A run on one device leaves that code out (`parallel.layout.layout_of`); here it 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders, measure
-from linvideo_jax import config_files, rehearsal
+from configs import smoke
+from linvideo_jax import rehearsal
 from linvideo_jax.models.wan import WanTransformer
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.layout import MeshLayout
 from linvideo_jax.transfer import training
 from linvideo_jax.transfer.recipe import knobs_at
-
-SMOKE = Path(__file__).parents[1] / "configs" / "smoke.py"
 
 
 def measured(size, dtype, rounds: int, blocks: int) -> dict[str, dict[str, Any]]:
@@ -52,7 +50,7 @@ def _forwards(size, dtype, layout: MeshLayout) -> dict[str, Callable[[], Any]]:
 
 def _updates(size, dtype, layout: MeshLayout, blocks: int) -> dict[str, Callable[[], Any]]:
     """Of the configuration smoke at this size, every layer mixed."""
-    config = config_files.load(str(SMOKE))
+    config = smoke.get_config()
     config.dtype, config.transfer.target = str(dtype), 1
     fewer = replace(size.models.transformer, num_layers=blocks)
     problem = replace(
@@ -78,8 +76,6 @@ def _updates(size, dtype, layout: MeshLayout, blocks: int) -> dict[str, Callable
 
 def _both(what: str, program, layout: MeshLayout, inputs) -> dict[str, Callable[[], Any]]:
     programs = {"plain": program(None), "mesh of one": program(layout)}
-    return {f"{what}, {name}": partial(_ready, run, inputs) for name, run in programs.items()}
-
-
-def _ready(run, inputs):
-    return jax.block_until_ready(run(*inputs))
+    return {
+        f"{what}, {name}": partial(measure.ready, run, *inputs) for name, run in programs.items()
+    }

@@ -1,12 +1,15 @@
-"""Timing on one device, shared by the benchmarks of kernels."""
+"""Timing on one device, and keeping what is best: shared by the benchmarks of kernels."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from linvideo_jax.loop import read_json, write_json
 
 
 def warm(function: Callable[..., Any], *args: Any) -> int:
@@ -43,3 +46,9 @@ def copy_bandwidth(mebibytes: int) -> float:
 def device() -> dict[str, str]:
     """What a figure belongs to."""
     return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def keep(entry: Mapping[str, Any], store: Path, same: Sequence[str]) -> None:
+    """Puts an entry into a JSON file of them, instead of one that has the same in these fields."""
+    others = read_json(store) if store.exists() else []
+    write_json(store, [*(x for x in others if any(x[key] != entry[key] for key in same)), entry])

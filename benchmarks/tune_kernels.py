@@ -26,7 +26,6 @@ from kernels.linear_attention import FeatureMap, gpu_tiles, pallas_gpu
 from kernels.linear_attention.gpu_tiles import KERNELS, Layer, TileConfig, Tiles
 from linvideo_jax import command_line
 from linvideo_jax.errors import UserError
-from linvideo_jax.loop import read_json, write_json
 
 LAYERS = {"1.3B": (32_760, 12, 128), "14B": (75_600, 40, 128), "digits": (2304, 48, 32)}
 ROUNDS = 5
@@ -133,10 +132,7 @@ def tune(name: str, dtype: str, store: Path) -> None:
         tiles, times[kernel] = best(kernel, gpu, layer, config, inputs)
         config = replace(config, **{kernel: tiles})
         entry = gpu_tiles.entry(gpu, layer, config) | {"ms": times, "jax": jax.__version__}
-        same = ("device", *Layer._fields)
-        others = read_json(store) if store.exists() else []
-        others = [x for x in others if any(x[key] != entry[key] for key in same)]
-        write_json(store, [*others, entry])
+        timing.keep(entry, store, ("device", *Layer._fields))
         print(f"    best {asdict(tiles)}", flush=True)
 
 

@@ -29,7 +29,6 @@ from kernels.softmax_attention import tokamax_configs, tokamax_mosaic
 from kernels.softmax_attention.tokamax_configs import Layer
 from linvideo_jax import command_line
 from linvideo_jax.errors import UserError
-from linvideo_jax.loop import read_json, write_json
 
 # Batch, tokens, heads, keys.
 LAYERS = {
@@ -41,7 +40,6 @@ LAYERS = {
 }
 LIKE = {"1.3B-guided": "1.3B", "14B": "1.3B", "14B-text": "1.3B-text"}
 HEAD_DIM = 128
-SHARED_KIB = 227
 # What tokamax 0.0.17 takes by itself.
 HEURISTIC = {"block_q": 64, "block_kv": 128, "num_stages": 2, "persistent": True}
 FINALISTS, ROUNDS = 4, 5
@@ -57,8 +55,8 @@ def candidates() -> list[dict[str, Any]]:
     for values in itertools.product((64, 128), (64, 128, 192), (2, 3, 4), (False, True)):
         config = dict(zip(HEURISTIC, values, strict=True))
         block_q, block_kv, num_stages, persistent = values
-        kib = (2 * block_q + num_stages * 2 * block_kv) * HEAD_DIM * 2 // 1024 + 32 * persistent
-        if kib < SHARED_KIB and config != HEURISTIC:
+        shared = (2 * block_q + num_stages * 2 * block_kv) * HEAD_DIM * 2 + 32 * 1024 * persistent
+        if shared < target().shared_memory and config != HEURISTIC:
             found.append(config)
     return found
 
@@ -145,11 +143,7 @@ def tune(names: Sequence[str], dtype: str, store: Path) -> None:
         for ms, config in found[name]:
             speed = operations / ms * 1e-9
             print(f"  {name}: {ms:.3f} ms, {speed:.0f} TFLOP/s: {config}", flush=True)
-        made = entry(name, dtype, *found[name][0])
-        same = ("device", *Layer._fields)
-        stored = read_json(store) if store.exists() else []
-        stored = [x for x in stored if any(x[key] != made[key] for key in same)]
-        write_json(store, [*stored, made])
+        timing.keep(entry(name, dtype, *found[name][0]), store, ("device", *Layer._fields))
 
 
 def program(argv: Sequence[str]) -> None:

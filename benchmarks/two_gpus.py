@@ -38,7 +38,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import contenders, hot_kernels, latency, measure, scaling, two_gpus_table
-from linvideo_jax import command_line, config_files, rehearsal
+from configs import smoke as smoke_config
+from linvideo_jax import command_line, rehearsal
 from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import WanTransformer
@@ -55,7 +56,6 @@ FLAGS = {
     "parts": (None, "what to measure; default everything"),
 }
 PARTS = ("equality", "speed_14b", "train_fsdp", "speed_1.3b", "bytes", "gradients", "train_one")
-SMOKE = Path(__file__).parents[1] / "configs" / "smoke.py"
 # Kernels of a CUDA graph may have no names in a profile. Off for all parts and rows alike.
 NAMED_KERNELS = "--xla_gpu_enable_command_buffer="
 
@@ -102,9 +102,14 @@ class Benchmark:
         for name, program in programs.items():
             found[name] = np.asarray(program(*inputs[name]))
             print(f"  {name} ran", flush=True)
-        exactly = {name: distance(made, found["float32"]) for name, made in found.items()}
-        one = {name: distance(found[name], found["one GPU"]) for name in ("Ulysses", "ring")}
-        return about(size) | {"to_float32": exactly, "to_one": one}
+
+        def errors(names, wanted):
+            return {name: measure.relative_error(found[name], found[wanted]) for name in names}
+
+        return size.about() | {
+            "to_float32": errors(found, "float32"),
+            "to_one": errors(("Ulysses", "ring"), "one GPU"),
+        }
 
     def speed(self, name: str, rounds: int) -> dict[str, Any]:
         """Seconds of one forward on one and on two GPUs, taking turns, and the collectives."""
@@ -119,7 +124,7 @@ class Benchmark:
         for row, layers in rows.items():
             for key, place in places.items():
                 given = *inputs[key][:-1], place.everywhere(ours.mode(layers))
-                runs[f"{row}, {key}"] = partial(_ready, programs[key], *given)
+                runs[f"{row}, {key}"] = partial(measure.ready, programs[key], *given)
         for key in places:
             runs[f"LinVideo, {key}"]()  # to warm up: it runs both kinds of layers
         print("  warm", flush=True)
@@ -136,7 +141,7 @@ class Benchmark:
                 "collectives": _profiled(runs[f"{row}, two"]),
             }
         memory = {key: measure.program_bytes(program) for key, program in programs.items()}
-        return about(size) | {
+        return size.about() | {
             "exchange": places["two"].layout.exchange,
             "program_bytes": memory,
             "rows": figures,
@@ -222,12 +227,6 @@ def on(count: int, sizes: Mapping[str, int], config: Any, exchange: str = "auto"
     return Placement.by_sizes(sizes, heads, exchange, devices)
 
 
-def about(size: latency.Size) -> dict[str, Any]:
-    """What the figures are of."""
-    blocks = size.models.transformer.num_layers
-    return {"size": size.name, "blocks": blocks, "tokens": size.tokens, "linear": size.linear}
-
-
 def placed(place: Placement, ours: contenders.Ours, size: latency.Size, mode) -> tuple[Any, ...]:
     """The arguments of `contenders.velocity` as sample.py has them: weights by the table."""
     params, *rest = ours.inputs(size.shape)
@@ -286,12 +285,6 @@ def attention_bytes(text: str, num_layers: int) -> dict[str, dict[str, float]]:
     return {"softmax": own(softmax), "linear": own(linear), "rest": rest}
 
 
-def distance(ours: Any, theirs: Any) -> float:
-    """Of two arrays, relative to the norm of the second one."""
-    ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
 def by_group(ours: Any, theirs: Any) -> dict[str, float]:
     """Relative L2 distance of gradients: weights, feature maps, scores."""
     sums = {group: np.zeros(2) for group in ("weights", "feature maps", "scores")}
@@ -315,7 +308,7 @@ def _gradients(recipe, state, teacher, batch, knobs):
 
 
 def _smoke_config(small: bool, batch_size: int):
-    config = config_files.load(str(SMOKE))
+    config = smoke_config.get_config()
     config.model = "wan_digits" if small else "wan2_1_t2v_1_3b"
     config.transfer.batch_size = batch_size
     config.mesh.fsdp = batch_size
@@ -324,10 +317,6 @@ def _smoke_config(small: bool, batch_size: int):
 
 def _wide(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-
-
-def _ready(run, *inputs):
-    return jax.block_until_ready(run(*inputs))
 
 
 def _profiled(run: Callable[[], Any]) -> list[dict[str, Any]]:

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import GIB
 from linvideo_jax import folders
-
-GIB = 2**30
 
 
 def write(results: Mapping[str, Any], out: Path) -> None:
