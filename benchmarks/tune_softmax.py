@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
+from kernels import measured
 from kernels.gpu import target
 from kernels.softmax_attention import tokamax_configs, tokamax_mosaic
 from kernels.softmax_attention.tokamax_configs import Layer
@@ -126,8 +127,8 @@ def entry(name: str, dtype: str, ms: float, config: Mapping[str, Any]) -> dict[s
     """What `tokamax_configs.choose` reads back."""
     batch, tokens, heads, keys = LAYERS[name]
     layer = Layer(dtype, HEAD_DIM, batch * heads, tokens, keys)
-    made = {"device": target().kind, **layer._asdict(), "config": dict(config), "ms": ms}
-    return made | {"tokamax": version("tokamax"), "jax": jax.__version__}
+    versions = {"tokamax": version("tokamax"), "jax": jax.__version__}
+    return measured.entry(target(), layer, config=dict(config), ms=ms, **versions)
 
 
 def tune(names: Sequence[str], dtype: str, store: Path) -> None:

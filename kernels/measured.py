@@ -19,12 +19,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 def alike(
     entries: Iterable[dict[str, Any]], gpu: GPU, layer: Any, same: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Those of this chip that have the layer's values in the fields `same`."""
-    return [
-        entry
-        for entry in entries
-        if entry["device"] == gpu.kind and all(entry[x] == getattr(layer, x) for x in same)
-    ]
+    """Those that have the layer's values in the fields `same`: this chip's, then its relatives'.
+
+    An H200 multiplies as an H100 does, so that of two sizes the nearer tells more, whichever of the
+    two it was measured on.
+    """
+    known = [x for x in entries if all(x[name] == getattr(layer, name) for name in same)]
+    relatives = [x for x in known if x["capability"] == gpu.capability]
+    return sorted(relatives, key=lambda x: x["device"] != gpu.kind)
+
+
+def entry(gpu: GPU, layer: Any, **found: Any) -> dict[str, Any]:
+    """An entry as `alike` reads it: the chip, the layer (a NamedTuple) and what was found."""
+    return {"device": gpu.kind, "capability": gpu.capability, **layer._asdict(), **found}
 
 
 def distance(entry: dict[str, Any], layer: Any, *names: str) -> float:

@@ -159,6 +159,7 @@ def test_stored_tiles_are_taken_where_they_are_nearest(tmp_path, monkeypatch):
             gpu_tiles.choose(H100, layer._replace(heads=heads)).state.programs for heads in (16, 64)
         ]
         assert programs == [1, 2]
+        assert gpu_tiles.choose(H100._replace(kind="NVIDIA H200"), layer).state.programs == 1
         other = layer._replace(dtype="float16")
         assert gpu_tiles.choose(H100, other) == gpu_tiles.default(H100, other)
     finally:

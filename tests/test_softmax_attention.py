@@ -173,8 +173,17 @@ def test_a_missing_package_is_a_refusal(monkeypatch):
 
 
 STORED = [
-    {"device": "H", "dtype": "bfloat16", "head_dim": 128, "heads": 12, "tokens": 32760, **rest}
+    {
+        "device": "H",
+        "capability": 9.0,
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "heads": 12,
+        "tokens": 32760,
+        **rest,
+    }
     for rest in (
+        {"device": "H2", "keys": 32760, "config": {"block_kv": 256, "num_stages": 2}},
         {"keys": 32760, "config": {"block_kv": 192, "num_stages": 2}},
         {"keys": 512, "config": {"block_kv": 128, "num_stages": 3}},
         {"keys": 512, "heads": 40, "config": {"block_kv": 64, "num_stages": 4}},
@@ -194,7 +203,10 @@ STORED = [
         ({"keys": 4096}, None),  # far from both
         ({"dtype": "float16"}, None),
         ({"head_dim": 64}, None),
-        ({"device": "another chip"}, None),
+        ({"device": "H2"}, 256),  # this chip's before its relatives' of the same size
+        ({"device": "H2", "keys": 512}, 128),
+        ({"device": "a third of the family", "keys": 512}, 128),
+        ({"device": "another chip", "capability": 8.0}, None),
     ],
 )
 def test_the_nearest_configuration_of_tokamax_is_chosen(monkeypatch, tmp_path, changed, block_kv):
@@ -202,7 +214,7 @@ def test_the_nearest_configuration_of_tokamax_is_chosen(monkeypatch, tmp_path, c
     stored.write_text(json.dumps(STORED))
     monkeypatch.setattr(tokamax_configs, "STORED", stored)
     sizes = {"dtype": "bfloat16", "head_dim": 128, "heads": 12, "tokens": 32760, "keys": 32760}
-    gpu = GPU(changed.get("device", "H"), 9.0, 132)
+    gpu = GPU(changed.get("device", "H"), changed.get("capability", 9.0), 132)
     layer = tokamax_configs.Layer(**{name: changed.get(name, sizes[name]) for name in sizes})
     tokamax_configs.stored.cache_clear()
     try:

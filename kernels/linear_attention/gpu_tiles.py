@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from kernels import measured
 from kernels.gpu import GPU
 
-# Written by benchmarks/tune_kernels.py: a list of {device, dtype, head_dim, features, heads,
-# tokens, tiles}, where heads counts those of the whole batch.
+# Written by benchmarks/tune_kernels.py: a list of {device, capability, dtype, head_dim,
+# features, heads, tokens, tiles}, where heads counts those of the whole batch.
 STORED = Path(__file__).with_name("gpu_tiles.json")
 KERNELS = ("state", "apply", "query_backward", "apply_backward", "state_backward")
 
@@ -73,7 +73,7 @@ class Layer(NamedTuple):
 
 
 def choose(gpu: GPU, layer: Layer) -> TileConfig:
-    """The stored tiles nearest in heads and tokens for this chip, dtype and sizes, or a default."""
+    """The stored tiles nearest in heads and tokens, of this chip or its relatives, or a default."""
     entries = measured.alike(stored(), gpu, layer, ("dtype", "head_dim", "features"))
     config = default(gpu, layer)
     if not entries:
@@ -150,4 +150,4 @@ def stored() -> list[dict[str, Any]]:
 def entry(gpu: GPU, layer: Layer, config: TileConfig) -> dict[str, Any]:
     """What `choose` reads back."""
     tiles = {kernel: asdict(one) for kernel in KERNELS if (one := getattr(config, kernel))}
-    return {"device": gpu.kind, **layer._asdict(), "tiles": tiles}
+    return measured.entry(gpu, layer, tiles=tiles)

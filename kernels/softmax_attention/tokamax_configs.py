@@ -12,9 +12,9 @@ from kernels.gpu import GPU
 if TYPE_CHECKING:
     import jax
 
-# Written by benchmarks/tune_softmax.py: a list of {device, dtype, head_dim, heads, tokens, keys,
-# config, ms, tokamax}, where heads counts those of the whole batch and config has the fields of
-# tokamax's own.
+# Written by benchmarks/tune_softmax.py: a list of {device, capability, dtype, head_dim, heads,
+# tokens, keys, config, ms, tokamax}, where heads counts those of the whole batch and config has the
+# fields of tokamax's own.
 STORED = Path(__file__).with_name("tokamax_configs.json")
 
 
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
 
 def choose(gpu: GPU, layer: Layer) -> dict[str, Any] | None:
-    """The stored fields nearest in keys, tokens and heads, for this chip, dtype and head_dim.
+    """The stored fields nearest in keys, tokens and heads, of this chip or its relatives.
 
     None where the nearest has four times as many keys or more, or as few: tokamax's heuristic
     decides then.
