@@ -1,5 +1,6 @@
-"""What the tables of configs/ablations share: half the steps of configs/digits.py, and figures that
-need no untrained student. By itself it is one row: half of the layers, the default objective.
+"""What the tables of configs/ablations share: half the steps and half the batch of
+configs/digits.py, and figures that need no untrained student. By itself it is one row: half of the
+layers, the default objective.
 
 Settings are chosen on other prompts and noise than the tables' own:
 
@@ -17,8 +18,9 @@ def get_config() -> ConfigDict:
     config = digits.get_config()
 
     transfer = config.transfer
-    # Half of configs/digits.py, so that a row with a score network is minutes too; the same for all
-    # rows of a table, with the same batch.
+    # Half of configs/digits.py each, so that a row with a score network is minutes too; the same for
+    # all rows of a table.
+    transfer.batch_size = 32
     transfer.num_steps = 1500
     transfer.warmup_steps = 200
     transfer.round_at = 800
