@@ -3,10 +3,11 @@
 python benchmarks/online.py --workdir=runs/online --out=runs/online/online.json
 python benchmarks/online.py --workdir=runs/online --out=runs/online/online.json --tiny
 
-For configs/digits.py, or --tiny for a random model that tries the program out: collects
-`--videos` videos, and times `--updates` updates of mixed layers on them; then the same online, for
-each of `--reuse`, how often a pair is trained on. The rounds that fill the buffer at the start are
-timed apart. A line of the JSON file is written as soon as it is known, and kept by the next run.
+For configs/digits.py, or --tiny for a random model that tries the program out: collects `--videos`
+videos, and times `--updates` updates of mixed layers on them; then the same online, in rounds of so
+many videos, 256 at most, for each of `--reuse`, how often a pair is trained on. The rounds that
+fill the buffer at the start are timed apart. A line of the JSON file is written as soon as it is
+known, and kept by the next run. Two CPU cores take --videos=8 --batch_size=4 --updates=40.
 """
 
 import itertools
@@ -28,16 +29,19 @@ from linvideo_jax.transfer import training
 from linvideo_jax.transfer.recipe import knobs_at
 
 
-def config_of(workdir: Path, videos: int, small: bool):
+def config_of(workdir: Path, videos: int, batch_size: int, small: bool):
     """configs/digits.py; with a tiny teacher and few videos at a time if `small`."""
     config = digits.get_config()
     config.collect.num_videos = videos
+    config.collect.batch_size = min(config.collect.batch_size, videos)
+    config.transfer.batch_size = batch_size
+    if jax.default_backend() == "cpu":
+        config.dtype = "float32"
     if small:
         config.checkpoint = str(workdir / "teacher")
         if not Path(config.checkpoint).exists():
             tiny.write_teacher(Path(config.checkpoint))
-        config.dtype, config.transfer.batch_size = "float32", 8
-        config.collect.batch_size = 8
+        config.dtype = "float32"
     return config
 
 
@@ -94,6 +98,7 @@ def program(argv: Sequence[str]) -> None:
         {"workdir": (None, "folder of the pairs"), "out": (None, "JSON file of the results")}
     )
     flags.DEFINE_integer("videos", 1024, "stored ones", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 64, "of updates", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("updates", 400, "that are timed", lower_bound=1, flag_values=values)
     flags.DEFINE_list("reuse", ["1", "4"], "of the online lines", flag_values=values)
     flags.DEFINE_bool("tiny", False, "a tiny random model", flag_values=values)
@@ -102,8 +107,10 @@ def program(argv: Sequence[str]) -> None:
     workdir, out = Path(given["workdir"]), Path(given["out"])
     folders.check_writable(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    videos, updates = (8, 6) if given["tiny"] else (given["videos"], given["updates"])
-    config = config_of(workdir, videos, given["tiny"])
+    videos, batch_size, updates = (given[name] for name in ("videos", "batch_size", "updates"))
+    if given["tiny"]:
+        videos, batch_size, updates = 8, 8, 6
+    config = config_of(workdir, videos, batch_size, given["tiny"])
     found = loop.read_json(out) if out.exists() else []
     for row in rows(config, workdir, updates, [float(r) for r in given["reuse"]], found):
         found.append(row)

@@ -7,13 +7,15 @@
 What does not depend on the row is made once: the collection and the profile (links in a row's
 folder), the teacher's evaluation, and compilations, which JAX keeps by `Recipe`. Rows whose
 training is the same share it. An interrupted sweep goes on; a row that diverges is recorded as
-such, and the others go on.
+such, and the others go on. Several processes, each with a GPU or a share of one, may run one sweep:
+each takes rows that no other has.
 """
 
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from ml_collections import ConfigDict
 from linvideo_jax import config_files, loop, stages, turns, workdirs
 from linvideo_jax.errors import UserError
 from linvideo_jax.evaluation import fingerprint
+from linvideo_jax.parallel import hosts
 from linvideo_jax.report import rows as records
 from linvideo_jax.report import tables
 from linvideo_jax.stages import transfer
@@ -82,12 +85,29 @@ def run(config, workdir: Path) -> None:
         for stage in config.stages
         if stage in SHARED and any(stage not in row.stages for row in rows)
     )
-    stages.run(config_files.changed(config, {"stages": once}), workdir)
+    stages.run(config_files.changed(config, {"stages": once}), workdir, wait=True)
+    elsewhere = []
     for number, row in enumerate(rows, 1):
         print(f"row {number} of {len(rows)}: {row.name}, seed {row.seed}")
-        run_row(row, workdir)
-        tables.write(config, workdir)
-    print(f"{tables.write(config, workdir)} has the table.")
+        # Hosts of one process group go through all rows together.
+        alone = workdirs.held(row.folder, ".row") if not hosts.several() else nullcontext()
+        try:
+            with alone:
+                run_row(row, workdir)
+        except workdirs.Busy:
+            elsewhere.append(row)
+            continue
+        write_table(config, workdir)
+    print(f"{write_table(config, workdir)} has the table.")
+    if elsewhere:
+        names = ", ".join(f"{row.name} (seed {row.seed})" for row in elsewhere)
+        print(f"Other processes had these rows: {names}.")
+
+
+def write_table(config, workdir: Path) -> Path:
+    """The table of the rows as far as they are, by one process at a time; its path."""
+    with workdirs.held(workdir, ".table", wait=True):
+        return tables.write(config, workdir)
 
 
 def planned(config, workdir: Path) -> list[Row]:

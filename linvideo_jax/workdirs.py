@@ -32,29 +32,42 @@ FIELDS = (
 TOP = ("stages", "sweep", "sweep_rows", "sweep_seeds")
 
 
-@contextlib.contextmanager
-def claimed(workdir: Path, config: Any) -> Iterator[None]:
-    """Makes `workdir` if need be, holds it, and notes `config` in `config.json` at the first time.
+class Busy(UserError):
+    """Another process is at work in a folder."""
 
-    The lock is the process's own: it ends with it, however that ends. UserError, with nothing
-    written, if another process holds it or if the configuration is another one than the first time
-    (`GROUPS`, `FIELDS` and `TOP` aside), naming a field that differs.
+
+@contextlib.contextmanager
+def held(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
+    """Makes `folder` if need be and holds the lock `name` in it, or raises Busy.
+
+    The lock is the process's own: it ends with it, however that ends. wait: until it is free.
     """
-    workdir = Path(workdir)
-    folders.check_writable(workdir, "--workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("a+") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"process {file.read().strip() or 'unknown'} is at work in {workdir}: wait until "
+            raise Busy(
+                f"process {file.read().strip() or 'unknown'} is at work in {folder}: wait until "
                 "it ends, or choose another --workdir."
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Any, wait: bool = False) -> Iterator[None]:
+    """Holds `workdir` (`held`), and notes `config` in `config.json` at the first time.
+
+    UserError, with nothing written, if another process holds it or if the configuration is another
+    one than the first time (`GROUPS`, `FIELDS` and `TOP` aside), naming a field that differs.
+    """
+    workdir = Path(workdir)
+    folders.check_writable(workdir, "--workdir")
+    with held(workdir, ".lock", wait):
         _same(workdir, config)
         yield
 

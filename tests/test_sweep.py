@@ -1,6 +1,9 @@
 """A sweep on the tiny teacher of test_transfer: what rows share, resume, record and refuse."""
 
 import json
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,10 +46,10 @@ def swept(config, tmp_path_factory):
 def noted(calls, real=stages.run):
     """stages.run that notes (stages, folder), and writes made-up figures for `evaluate`."""
 
-    def run(config, workdir):
+    def run(config, workdir, **options):
         calls.append((config.stages, workdir))
         if config.stages != ("evaluate",):
-            return real(config, workdir)
+            return real(config, workdir, **options)
         rate = 0.5 + 0.1 * config.seed + 0.01 * config.transfer.target
         entry = {"agreement": {"all": {"rate": rate}}, "frechet": 2.0, "trained_here": True}
         student = entry | {"linear_layers": [0, 1], "distance_video": None}
@@ -157,6 +160,36 @@ def test_an_interrupted_row_goes_on_and_a_diverged_one_is_recorded(
     three.sweep_seeds = (0, 4, 5)
     text = tables.markdown(tables.gathered(three, tmp_path))
     assert "| mse (2 of 3 seeds not run) |" in text
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from linvideo_jax import workdirs
+with workdirs.held(Path(sys.argv[1]), sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_row_that_another_process_has_is_left_to_it(swept, tmp_path, monkeypatch, capsys):
+    calls, own = [], config_files.changed(swept.config, {"sweep": ROWS[:2], "sweep_seeds": (0,)})
+    (tmp_path / "pairs").symlink_to(swept.workdir / "pairs")
+    for name in ("mse", "two"):
+        done = tmp_path / "rows" / name / "seed0"
+        shutil.copytree(swept.workdir / "rows" / name / "seed0", done, symlinks=True)
+        loop.write_json(done / "row.json", row(swept, name) | {"evaluated_by": "other settings"})
+    monkeypatch.setattr(stages, "run", noted(calls))
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "rows" / "mse" / "seed0"), ".row"]
+    with subprocess.Popen(words, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        sweep.run(own, tmp_path)
+        other.stdin.close()
+    assert [folder.parent.name for what, folder in calls if what == ("evaluate",)] == ["two"]
+    assert "Other processes had these rows: mse (seed 0)." in capsys.readouterr().out
+    calls.clear()
+    sweep.run(own, tmp_path)
+    assert [folder.parent.name for what, folder in calls if what == ("evaluate",)] == ["mse"]
 
 
 @pytest.mark.parametrize(

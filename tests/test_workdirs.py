@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from ml_collections import ConfigDict
@@ -35,8 +36,11 @@ def test_two_runs_at_once_are_refused_and_a_killed_one_leaves_the_folder_free(tm
         with pytest.raises(UserError, match=rf"process {other.pid} is at work in {tmp_path}: wait"):
             claim(tmp_path, digits.get_config())
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        threading.Timer(0.5, other.kill).start()
+        with workdirs.claimed(tmp_path, digits.get_config(), wait=True):
+            assert other.wait() == -signal.SIGKILL
     finally:
-        other.send_signal(signal.SIGKILL)
+        other.kill()
         other.wait()
     claim(tmp_path, digits.get_config())
 

@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config = digits.get_config()
 
     transfer = config.transfer
-    # Half of configs/digits.py each, so that a row with a score network is minutes too; the same for
-    # all rows of a table.
+    # Half of configs/digits.py each, so that a row with a score network is minutes too; the same
+    # for all rows of a table.
     transfer.batch_size = 32
     transfer.num_steps = 1500
     transfer.warmup_steps = 200

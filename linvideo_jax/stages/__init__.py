@@ -20,18 +20,19 @@ def needs_workdir(config) -> bool:
     return set(config.stages) != {"smoke"}
 
 
-def run(config, workdir: Path | None) -> None:
+def run(config, workdir: Path | None, wait: bool = False) -> None:
     """Runs `config.stages` in their order; each goes on from what it finished before.
 
     With several hosts, which have one workdir, the first does alone what is not `SHARED`. workdir:
-    None if no stage needs one (`needs_workdir`).
+    None if no stage needs one (`needs_workdir`). wait: until no other process is at work there, in
+    the place of an error.
     """
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"stages names {', '.join(unknown)}; known are {', '.join(STAGES)}.")
     meshes.resolve(meshes.of_config(config), jax.device_count())
     claims = hosts.is_first() and needs_workdir(config)
-    with workdirs.claimed(workdir, config) if claims else contextlib.nullcontext():
+    with workdirs.claimed(workdir, config, wait) if claims else contextlib.nullcontext():
         for number, stage in enumerate(config.stages):
             if hosts.is_first() or stage in SHARED:
                 importlib.import_module(f"linvideo_jax.stages.{stage}").run(config, workdir)

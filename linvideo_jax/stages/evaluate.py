@@ -9,13 +9,14 @@ to `workdir/evaluate/vbench/NAME` under the names that VBench looks for.
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from linvideo_jax import checkpoints, evaluation, loop, report, video
+from linvideo_jax import checkpoints, evaluation, loop, report, video, workdirs
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.data.digits import Labels
 from linvideo_jax.errors import UserError
@@ -65,36 +66,41 @@ def run(config, workdir: Path) -> None:
     decode = functools.partial(evaluation.decode, teacher, batch_size=own.batch_size)
     shared = Path(own.get("shared") or folder)  # what is the teacher's and real clips'
     videos, columns = {}, {}
+    # Rows of a sweep that run side by side wait for what is shared, and find it made.
+    alone = functools.partial(workdirs.held, shared, ".lock", wait=True)
+    alone = alone if own.get("shared") else nullcontext
     for sample, seed in enumerate(own.seeds):
         pixels = None
         for one in field:
-            place = shared if one.name == TEACHER else folder
-            given = (prompts, seed, settings_of[one.name], own.batch_size, place)
-            made = evaluation.sample(one, *given)
-            videos[one.name, seed] = made
-            if judge is None:
-                columns[one.name, seed] = evaluation.compare(
-                    one.name, prompts, sample, made, videos[TEACHER, seed], decode, folder
+            with alone() if one.name == TEACHER else nullcontext():
+                place = shared if one.name == TEACHER else folder
+                given = (prompts, seed, settings_of[one.name], own.batch_size, place)
+                made = evaluation.sample(one, *given)
+                videos[one.name, seed] = made
+                if judge is None:
+                    columns[one.name, seed] = evaluation.compare(
+                        one.name, prompts, sample, made, videos[TEACHER, seed], decode, folder
+                    )
+                    continue
+                if own.reads == "pixels" and pixels is None:
+                    kept = shared / f"teacher-seed{seed}-pixels.safetensors"
+                    pixels = _decoder(decode, made, kept if own.get("shared") else None)
+                columns[one.name, seed] = evaluation.remembered(
+                    place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
+                    evaluation.fingerprint(
+                        made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
+                    ),
+                    functools.partial(
+                        evaluation.measure, judge, said, made, videos[TEACHER, seed], pixels
+                    ),
                 )
-                continue
-            if own.reads == "pixels" and pixels is None:
-                kept = shared / f"teacher-seed{seed}-pixels.safetensors"
-                pixels = _decoder(decode, made, kept if own.get("shared") else None)
-            columns[one.name, seed] = evaluation.remembered(
-                place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
-                evaluation.fingerprint(
-                    made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
-                ),
-                functools.partial(
-                    evaluation.measure, judge, said, made, videos[TEACHER, seed], pixels
-                ),
-            )
     real = None
     if judge and own.reads == "pixels":
         count = len(prompts) * len(own.seeds)
         mark = evaluation.fingerprint(judge.validation, count, own.num_frames)
         make = functools.partial(evaluation.real_features, judge, count, own.num_frames)
-        real = evaluation.remembered(shared / "real.safetensors", mark, make)["features"]
+        with alone():
+            real = evaluation.remembered(shared / "real.safetensors", mark, make)["features"]
 
     metrics = {
         "made": made_by(config, settings, field[0]),
