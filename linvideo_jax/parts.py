@@ -4,7 +4,9 @@ A module stacks its layers under `blocks`, on axis 0. Flat, each layer has array
 `blocks.attn1.to_q.kernel` of 30 layers is `blocks.0.attn1.to_q.kernel` to `blocks.29...`.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -121,8 +123,13 @@ def unflatten(
 def _stack(arrays: list[np.ndarray | LazyArray]) -> np.ndarray:
     dtypes = {array.dtype for array in arrays}
     stacked = np.empty((len(arrays), *arrays[0].shape), np.result_type(*dtypes))
-    for row, array in zip(stacked, arrays, strict=True):  # one lazy array at a time
-        row[...] = np.asarray(array)
+
+    def read(layer: int) -> None:
+        stacked[layer] = arrays[layer]
+
+    # Lazy arrays are decompressed side by side, in as many times the memory of one.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(read, range(len(arrays))))
     return stacked
 
 

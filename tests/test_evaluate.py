@@ -244,7 +244,11 @@ def test_pixels_of_the_teacher_alone_and_for_a_row_of_a_sweep(config, tmp_path, 
     assert 0 <= entry["quality.sharpness"] <= 1 and "motion.shape_correlation" in entry
     assert entry["frechet"] is None, "two videos have no covariance of full rank"
 
-    theirs = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()}
+    def made():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("[!.]*")}
+
+    theirs = made()
+    assert len(theirs) == 4
     save_student(config.checkpoint, tmp_path / "row" / "final", (0, 2))
     decoded, decode = [], evaluation.decode
 
@@ -259,7 +263,7 @@ def test_pixels_of_the_teacher_alone_and_for_a_row_of_a_sweep(config, tmp_path, 
     assert list(metrics["contenders"]) == ["teacher", "student"] and metrics["students"] == {}
     assert metrics["contenders"]["teacher"] == entry
     assert metrics["contenders"]["student"]["distance_video"] > 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()} == theirs
+    assert made() == theirs
 
 
 def test_without_a_classifier_videos_are_compared_with_the_teachers(config, run_folder, tmp_path):
