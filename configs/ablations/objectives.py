@@ -3,10 +3,10 @@
 python train.py --config=configs/ablations/objectives.py --workdir=runs/ablations/objectives
 
 Interrupted, the same command goes on; a part, for a rented GPU in pieces of minutes:
---config.sweep_rows=mse,adm. Counted from ADM's measured 29 to 34 updates a second on an H100
-(docs/results.md) and each row's forwards: a minute for most rows, 6 for adm_score, 4 for
-adm_score_short, 8 for dmd, beside the compilation of each objective and the evaluation; so half an
-hour for a seed. More seeds: --config.sweep_seeds="(0, 1, 2)".
+--config.sweep_rows=mse,adm. On an H200 that two rows shared (docs/results.md) 1,500 updates took
+half a minute for mse, three quarters for adm and own_next, two minutes for adm_score_short, and
+would have taken four for dmd; a row's evaluation half a minute. More seeds:
+--config.sweep_seeds="(0, 1, 2)".
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 python train.py --config=configs/ablations/profile.py --workdir=runs/ablations/profile
 
 WORKDIR/rows/width_N/seed0/profile has profile.svg and profile.json. 33 ranges of 100 updates of MSE
-(a few seconds each on an H100, by the rate in docs/results.md) and 64 sampled videos each.
+(two seconds each on an H200, by the rate in docs/results.md) and 64 sampled videos each.
 """
 
 from ml_collections import ConfigDict

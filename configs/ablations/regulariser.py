@@ -4,7 +4,7 @@ python train.py --config=configs/ablations/regulariser.py --workdir=runs/ablatio
 
 The paper: without L_reg the model collapses when it is rounded, since r stays near 0.5. There
 rounding ends the run; the rows *_late do so too and are measured after it, the others train on for
-700 updates. A row is a minute of training on an H100 by the rate in docs/results.md, and its
+700 updates. A row took an H200 under a minute of training (docs/results.md) and half a minute of
 evaluation; one compilation serves all.
 """
 

@@ -3,8 +3,8 @@
 python train.py --config=configs/ablations/selection.py --workdir=runs/ablations/selection
 
 The paper: selective transfer before layers chosen by hand, before a grid search. The profile, which
-the grid takes, is measured once for all rows (11 ranges of 100 updates, each sampled). A row is a
-minute of training on an H100 by the rate in docs/results.md, and its evaluation.
+the grid takes, is measured once for all rows (11 ranges of 100 updates, each sampled). A row took
+an H200 under a minute of training (docs/results.md) and half a minute of evaluation.
 benchmarks/tables.py also draws which layers were chosen.
 """
 
