@@ -45,13 +45,15 @@ def held(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Busy(
-                f"process {file.read().strip() or 'unknown'} is at work in {folder}: wait until "
-                "it ends, or choose another --workdir."
-            ) from None
+            works = f"process {file.read().strip() or 'unknown'} is at work in {folder}"
+            if not wait:
+                what = "wait until it ends, or choose another --workdir."
+                raise Busy(f"{works}: {what}") from None
+            print(f"Waiting: {works}.", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

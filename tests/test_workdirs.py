@@ -28,7 +28,7 @@ def claim(workdir, config):
         pass
 
 
-def test_two_runs_at_once_are_refused_and_a_killed_one_leaves_the_folder_free(tmp_path):
+def test_two_runs_at_once_are_refused_and_a_killed_one_leaves_the_folder_free(tmp_path, capsys):
     words = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
     other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
@@ -39,6 +39,8 @@ def test_two_runs_at_once_are_refused_and_a_killed_one_leaves_the_folder_free(tm
         threading.Timer(0.5, other.kill).start()
         with workdirs.claimed(tmp_path, digits.get_config(), wait=True):
             assert other.wait() == -signal.SIGKILL
+        waiting = f"Waiting: process {other.pid} is at work in {tmp_path}.\n"
+        assert capsys.readouterr().out == waiting
     finally:
         other.kill()
         other.wait()

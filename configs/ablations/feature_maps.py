@@ -2,9 +2,9 @@
 
 python train.py --config=configs/ablations/feature_maps.py --workdir=runs/ablations/feature_maps
 
-The paper: Hedgehog best. A row of Hedgehog took an H200 under a minute of training (docs/results.md)
-and half a minute of evaluation. Taylor's state is 9 times as large (273 features a head) and
-its time is not known. One compilation for each map.
+The paper: Hedgehog best. A row of Hedgehog took an H200 under a minute of training
+(docs/results.md) and half a minute of evaluation. Taylor's state is 9 times as large (273 features
+a head) and its time is not known. One compilation for each map.
 """
 
 from ml_collections import ConfigDict
