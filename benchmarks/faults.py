@@ -22,6 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the packages are in the folder above, not in this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 from absl import flags
 

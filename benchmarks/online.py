@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the packages are in the folder above, not in this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import jax
 from absl import flags
 

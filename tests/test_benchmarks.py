@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -48,6 +49,18 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_programs_that_import_benchmarks_find_them():
+    """`python benchmarks/NAME.py` puts the folder benchmarks, not the one above, on the path."""
+    programs = {path: path.read_text() for path in Path(full_size.__file__).parent.glob("*.py")}
+    lost = [
+        path.name
+        for path, text in programs.items()
+        if "from benchmarks import" in text and '"__main__"' in text
+        and "sys.path[0] = str(Path(__file__).resolve().parents[1])" not in text
+    ]  # fmt: skip
+    assert len(programs) > 20 and lost == []
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("ours", "bfloat16"), ("diffusers", "float32")])
