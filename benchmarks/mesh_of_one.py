@@ -68,8 +68,11 @@ def _updates(size, dtype, layout: MeshLayout, blocks: int) -> dict[str, Callable
         jax.random.key(0),
     )
 
+    # Not donated: every call has the same state.
+    update = jax.jit(training.update.__wrapped__, static_argnames="recipe")
+
     def program(layout):
-        return training.update.lower(replace(recipe, layout=layout), *inputs).compile()
+        return update.lower(replace(recipe, layout=layout), *inputs).compile()
 
     return _both("update", program, layout, inputs)
 

@@ -109,7 +109,7 @@ def moments(optimizer) -> list:
 def trained(placement: Placement, objective: str, teacher, given: Batch, alone: bool = False):
     """(forward, gradients, losses, params, state) of STEPS updates on one batch.
 
-    The gradients are the first update's, out of Adam's moments.
+    The gradients are the first update's, out of Adam's moments. It gives its state's buffers back.
     """
     student = training.student_config(TEACHER)
     settings = settings_of(objective)
@@ -134,7 +134,10 @@ def trained(placement: Placement, objective: str, teacher, given: Batch, alone: 
     for step in range(STEPS):
         knobs = knobs_at(settings, step, 1e-3, 2.0, True)
         key = jax.random.fold_in(jax.random.key(0), step)
-        state, metrics = training.update(recipe, state, teacher, given, knobs, key)
+        before = state
+        state, metrics = training.update(recipe, before, teacher, given, knobs, key)
+        if step == 0:
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         losses.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
         if grads is None:
             grads = whole(moments(state["optimizer"]))

@@ -186,15 +186,21 @@ def parts(config, student, teacher, **recipe):
 def test_each_update_moves_its_own_network_alone(config, ours, linear):
     """That no gradient reaches the others is in test_distillation.py."""
     teacher, student = checkpoints.load(ours), checkpoints.load(linear)
-    recipe, state, texts, knobs = parts(config, student, teacher)
-    key = jax.random.key(3)
+    recipe, given, texts, knobs = parts(config, student, teacher)
+    key, state = jax.random.key(3), jax.tree.map(np.array, given)
 
-    after, _ = distill_training.update_fake_score(recipe, state, texts, knobs, key)
+    def gone(tree):
+        return {leaf.is_deleted() for leaf in jax.tree.leaves(tree)}
+
+    after, _ = distill_training.update_fake_score(recipe, given, texts, knobs, key)
+    assert gone(given) == {True} and gone((student.transformer, teacher.transformer)) == {False}
     for name in ("params", "optimizer", "ema", "r", "mode"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
+    given = jax.device_put(state, jax.devices()[0])
     after, metrics = distill_training.update_generator(
-        recipe, state, teacher.transformer, texts, knobs, key
+        recipe, given, teacher.transformer, texts, knobs, key
     )
+    assert gone(given) == {True} and gone(teacher.transformer) == {False}
     for name in ("fake", "r", "mode"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
     assert state["mode"].tolist() == [SOFTMAX, LINEAR] and metrics["gradient_norm"] > 0

@@ -7,18 +7,22 @@ import os
 import resource
 import shutil
 import signal
+import threading
+from functools import partial
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from linvideo_jax import loop
 from linvideo_jax.errors import UserError
+from linvideo_jax.loop.states import States
 
 
-@jax.jit
+@partial(jax.jit, donate_argnames="state")
 def toy(state, step):
     key = jax.random.fold_in(jax.random.key(0), step)
     momentum = 0.9 * state["momentum"] + jax.random.normal(key, (5,))
@@ -70,6 +74,7 @@ def stopping_at(step, number=signal.SIGINT, error=None):
     def update(state, at):
         if at == step:
             if error:
+                toy(state, at)  # whose result is lost, and with it the state
                 raise error
             signal.raise_signal(number)
         return toy(state, at)
@@ -143,12 +148,15 @@ def test_the_data_iterator_goes_on_where_it_was(tmp_path):
 
 def test_a_second_signal_stops_at_once(tmp_path):
     def impatient(state, step):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        new = toy(state, step)
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return new
 
     with pytest.raises(KeyboardInterrupt) as stop:
         run(tmp_path, impatient)
-    assert not isinstance(stop.value, loop.Interrupted) and saved_steps(tmp_path) == []
+    assert not isinstance(stop.value, loop.Interrupted) and saved_steps(tmp_path) == [4]
 
 
 def test_a_finished_run_does_nothing_and_more_steps_go_on(whole):
@@ -177,6 +185,30 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(
         run(tmp_path, diverging, log_every=log_every)
     assert saved_steps(tmp_path) == kept
     assert all(np.isfinite(line["loss"]) for line in loop.read_metrics(tmp_path))
+
+
+def test_a_state_that_is_still_being_written_is_restored_as_it_was(tmp_path, monkeypatch):
+    """Later updates write over its buffers, once Orbax has taken them to the host."""
+    write, updated = serialization.async_serialize_from_host, threading.Event()
+
+    async def late(*args, **named):
+        assert updated.wait(60), "it is written beside the next updates"
+        return await write(*args, **named)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", late)
+    state = {"weights": jnp.zeros(100_000)}
+    add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    with States(tmp_path, state, None, 1) as states:
+        state = add(state)
+        states.save(1, state, {}, {})
+        for _ in range(3):
+            state = add(state)
+        jax.block_until_ready(state)
+        assert not (tmp_path / "1").exists(), "it has another name until it is whole"
+        updated.set()
+        states.wait()
+        restored, _ = states.restore(1)
+    assert np.all(restored["weights"] == 1) and np.all(state["weights"] == 4)
 
 
 def growing(state, step):

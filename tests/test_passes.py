@@ -148,6 +148,20 @@ def test_passes_are_those_of_an_update(whole, changes, store_velocity, again):
 
 
 @pytest.mark.parametrize("objective", ["mse", "adm", "adm_score", "own_points", "dmd"])
+def test_an_update_gives_back_the_buffers_of_its_state_alone(whole, objective):
+    it = whole(settings(objective=objective))
+    given = it.state
+    for step in range(2):
+        state, metrics = training.update(
+            it.recipe, given, it.teacher, it.batch, it.knobs, jax.random.key(step)
+        )
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        given = state
+    kept = jax.tree.leaves((it.teacher, it.batch, state, metrics))
+    assert not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in kept)
+
+
+@pytest.mark.parametrize("objective", ["mse", "adm", "adm_score", "own_points", "dmd"])
 def test_every_sample_of_either_branch_has_a_gradient(whole, objective):
     """A sample's text is that of its branch; its gradient reaches the weights through it."""
     it = whole(settings(objective=objective))

@@ -126,7 +126,7 @@ def test_every_objective_trains_is_compiled_once_and_resumes(
     sample = dataset[0]
     shapes = sample.x.shape, sample.text.shape
     state |= training.objectives_state(recipe, loaded.transformer, *shapes)
-    state = jax.device_put(state, jax.devices()[0])  # as a restored one, or it compiles twice
+    state = jax.tree.map(np.array, state)
     gradients = []
 
     def step(state, i, batch):
@@ -141,7 +141,8 @@ def test_every_objective_trains_is_compiled_once_and_resumes(
     def run(name, num_steps):
         options = {"folder": tmp_path / name, "save_every": 2, "log_every": 1}
         options["data"] = loader.batches(dataset, settings.batch_size, num_threads=2)
-        return loop.run("test", step, state, num_steps=num_steps, **options)
+        begin = jax.device_put(state, jax.devices()[0])  # as a restored one, or it compiles twice
+        return loop.run("test", step, begin, num_steps=num_steps, **options)
 
     compiled = training.update._cache_size()
     undisturbed = run("a", 4)

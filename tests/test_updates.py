@@ -1,6 +1,7 @@
 """The update of a student: parts of a batch, optimisers, averages, dtypes, and what is kept."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -125,6 +126,27 @@ def test_the_average_follows_and_begins_anew_where_layers_are_placed(teacher):
         wanted = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, before, new["params"])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new["ema"], wanted)
     assert "ema" not in training.initial_state(settings(), STUDENT, teacher)
+
+
+@pytest.mark.parametrize("objective", ["mse", "adm_score", "own_points"])
+def test_a_state_shares_no_buffer(teacher, objective):
+    """Neither with the teacher nor within itself: it could not be donated."""
+    chosen, teacher = settings(ema_decay=0.9), jax.tree.map(jnp.asarray, teacher)
+    state = training.initial_state(chosen, STUDENT, teacher)
+    own = recipe(objective=objective)
+    state |= training.objectives_state(own, teacher, (3, 4, 4, 4), (5, 8))
+    leaves = jax.tree.leaves((teacher, state))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+def test_the_warmup_gives_back_the_buffers_of_its_state_alone(teacher, batch):
+    """As `update` does, which is in test_passes.py and parallel_cases.py."""
+    chosen, teacher = settings(ema_decay=0.9), jax.tree.map(jnp.asarray, teacher)
+    given = training.initial_state(chosen, STUDENT, teacher)
+    knobs = knobs_at(chosen, 0, 1e-3, 2.0, True)
+    state, metrics = training.warmup(recipe(), given, batch, knobs)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((teacher, state, metrics)))
 
 
 def test_weights_and_moments_stay_float32_under_bfloat16_products(teacher, batch):

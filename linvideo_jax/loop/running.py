@@ -50,11 +50,12 @@ def run(
     """Runs `state, metrics = update(state, step)` for step 0 .. num_steps - 1; the last state.
 
     `update` must depend on its arguments alone (randomness folded from the step): then a run that
-    was interrupted or killed and resumed equals an undisturbed one bit for bit. It must not write
-    to the buffers of the state that it is given. With several hosts each runs the same loop: the
-    first writes the metrics, all write their parts of the states, and a signal to one stops all
-    after the same step. The host waits for the device only where metrics
-    are logged or a state is saved. A metric "loss" must be among the metrics.
+    was interrupted or killed and resumed equals an undisturbed one bit for bit. It may give back
+    (donate) the buffers of the state that it is given, of the first one too: a state is not used
+    after its update. With several hosts each runs the same loop: the first writes the metrics, all
+    write their parts of the states, and a signal to one stops all after the same step. The host
+    waits for the device only where metrics are logged or a state is saved. A metric "loss" must be
+    among the metrics.
 
     Args:
       folder: `checkpoints` in it holds the states, `metrics.jsonl` a line for every logged step.
@@ -65,7 +66,8 @@ def run(
       best: a metric; the state is kept, too, up to which its mean since the save before was least.
       guard: for a loss that diverges; without one, only values that are not finite stop the run.
       events: (every, function) pairs: function(steps done, state) after each `every` steps, and
-        the last, and again where a resumed run begins; 0: never. Their time is not the steps'.
+        the last, and again where a resumed run begins; 0: never. They keep no array of the state.
+        Their time is not the steps'.
       profile_at: 3 steps after so many go to `folder/profile-trace` for TensorBoard; 0: none.
 
     Raises Interrupted after a signal and its save, Diverged when a metric is not finite or the

@@ -82,6 +82,7 @@ class States:
     def save(self, step: int, state: Any, own: Any, metrics: dict[str, float]) -> None:
         """Starts to write; waits for the save before. `own`: JSON of the loop.
 
+        When it returns the arrays are in the host's memory, and their buffers may be given back.
         metrics: "good" (1 or 0), and `best`. UserError if it, or the one before, failed.
         """
         items = {"state": ocp.args.StandardSave(state), "loop": ocp.args.JsonSave(own)}

@@ -13,10 +13,11 @@ _FLOAT32, _BFLOAT16 = 4, 2
 def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held) -> dict:
     """Bytes at the busiest moment, the backward pass, by name; attention without stored logits.
 
-    new: weights and moments after the step, beside the old ones. gradients: float32, shared as the
-    weights are. copies: both networks in the dtype of the products. layers: two gathered ones, and
-    the gradient of one. kept: what the backward pass keeps of every layer. working: one layer's own
-    arrays, whose count was set by what TPU's compiler needs for both Wan models (docs/pods.md).
+    held: once, for the new state is written over the old one (donated). gradients: float32, shared
+    as the weights are. copies: both networks in the dtype of the products. layers: two gathered
+    ones, and the gradient of one. kept: what the backward pass keeps of every layer. working: one
+    layer's own arrays, whose count was set by what TPU's compiler needs for both Wan models
+    (docs/pods.md).
     """
     config = recipe.student
     dim, ffn, layers = config.dim, config.ffn_dim, config.num_layers
@@ -29,7 +30,6 @@ def estimate(recipe: Recipe, given: Problem, mesh: Mesh, held: Held) -> dict:
     logits = config.num_attention_heads * given.size.text_tokens
     return {
         "held": held.total,
-        "new": held.parameters + held.optimiser,
         "gradients": held.parameters,
         "copies": (held.parameters + held.teacher) // 2 if recipe.dtype.itemsize == 2 else 0,
         "layers": 3 * layer,

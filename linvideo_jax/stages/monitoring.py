@@ -65,7 +65,7 @@ def frozen_layers(until: int) -> Callable[[int, Any], None]:
         nonlocal before
         if step > until:
             return
-        mode = np.asarray(state["mode"])
+        mode = np.array(state["mode"])  # a copy, for the next update gives the buffer back
         known = before if before is not None else np.full_like(mode, MIX)
         for layer in np.flatnonzero((known == MIX) & (mode != MIX)):
             kind = "linear" if mode[layer] == LINEAR else "softmax"

@@ -169,7 +169,8 @@ class Bench:
         """
         began = time.perf_counter()
         num_steps = self._config.profile.num_steps
-        state = selection.placed(self._start, tuple(layers))
+        # A copy: updates give a state's buffers back, and the next range starts from these too.
+        state = selection.placed(jax.tree.map(jnp.copy, self._start), tuple(layers))
         row = {"error_before": self._error(state)}
         schedule = optimizers.warmup_cosine(
             self._settings.learning_rate, num_steps, max(1, num_steps // 10)

@@ -110,15 +110,19 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def initial_state(
     recipe: Recipe, student: Params, fake: Params, r: np.ndarray, mode: np.ndarray
 ) -> State:
-    """Both networks with their optimisers, the generator's average, and every layer's kind."""
-    student, fake = (jax.tree.map(jnp.asarray, params) for params in (student, fake))
+    """Both networks with their optimisers, the generator's average, and every layer's kind.
+
+    Every leaf is a buffer of its own, for the updates give them back.
+    """
+    copied = partial(jax.tree.map, jnp.array)
+    student, average, fake = copied(student), copied(student), copied(fake)
     return {
         "params": student,
         "optimizer": optimizer(recipe).init(student),
-        "ema": student,
+        "ema": average,
         "fake": {"params": fake, "optimizer": optimizer(recipe).init(fake)},
-        "r": jnp.asarray(r, jnp.float32),
-        "mode": jnp.asarray(mode, jnp.int32),
+        "r": jnp.array(r, jnp.float32),
+        "mode": jnp.array(mode, jnp.int32),
     }
 
 
@@ -159,9 +163,12 @@ def _applied(recipe: Recipe, params: Params, moments, grads: Params, rate):
     return optimizers.apply(params, changes, rate), moments
 
 
-@partial(jax.jit, static_argnames="recipe")
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def update_fake_score(recipe: Recipe, state: State, texts: Texts, knobs: Knobs, key: jax.Array):
-    """(state, metrics): flow matching on constant samples of the present generator."""
+    """(state, metrics): flow matching on constant samples of the present generator.
+
+    The buffers of the state that is given are gone after it (donated): use the new one alone.
+    """
     here, there = jax.random.split(key)
     student = generator(recipe, state["params"], state["r"], state["mode"], texts)
     x, t, _ = _met(recipe, student, here)
@@ -225,7 +232,7 @@ def generator_objective(
     return value, metrics
 
 
-@partial(jax.jit, static_argnames="recipe")
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def update_generator(
     recipe: Recipe,
     state: State,
@@ -237,6 +244,7 @@ def update_generator(
     """(state, metrics): one step of the generator against the present fake score.
 
     Layers keep their kinds; a score moves only in a mixed layer, by plain descent as in transfer.
+    The state is given back as in `update_fake_score`.
     """
     trained = {"params": state["params"], "r": state["r"]}
     grads, metrics = jax.grad(generator_objective, has_aux=True)(

@@ -57,10 +57,11 @@ def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> St
     """Student = teacher + initial feature maps, every layer mixed with score r_init.
 
     "ema", with `settings.ema_decay`: the moving average of the parameters. All is float32 but the
-    modes; the products are in the dtype of the recipe.
+    modes; the products are in the dtype of the recipe. Every leaf is a buffer of its own, for
+    `update` gives them back.
     """
-    params = jax.tree.map(jnp.asarray, teacher_params)
-    maps = jax.tree.map(jnp.asarray, wan.initial_feature_map(config))
+    params = jax.tree.map(jnp.array, teacher_params)
+    maps = jax.tree.map(jnp.array, wan.initial_feature_map(config))
     params["blocks"]["attn1"]["feature_map"] = maps
     layers = config.num_layers
     average = {"ema": jax.tree.map(jnp.array, params)} if settings.ema_decay else {}
@@ -92,10 +93,11 @@ def objectives_state(
 ) -> State:
     """What the objective keeps beside the student: a score network, or the student's points.
 
-    latent_shape, text_shape: of a sample, without the axis batch.
+    The score network begins as a copy: `update` gives a state's buffers back. latent_shape,
+    text_shape: of a sample, without the axis batch.
     """
     if recipe.has_score_network:
-        params = jax.tree.map(jnp.asarray, score_params)
+        params = jax.tree.map(jnp.array, score_params)
         return {"score": {"params": params, "optimizer": SCORE_OPTIMIZER.init(params)}}
     if recipe.objective == "own_points":
         return {"own": samples.no_points(recipe, latent_shape, text_shape)}
@@ -208,11 +210,12 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
     return score, jnp.mean(values)
 
 
-@partial(jax.jit, static_argnames="recipe")
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, knobs: Knobs, key):
     """One update of the student on a drawn batch: (state, metrics).
 
-    One compilation serves every `knobs`.
+    The buffers of the state that is given are gone after it (donated): use the new one alone. One
+    compilation serves every `knobs`.
     """
     batch, keys = samples.wide(batch), jax.random.split(key)
     noised, more = None, {}
@@ -297,7 +300,7 @@ def warmup_schedule(settings) -> optax.Schedule:
     return optimizers.warmup_cosine(settings.warmup_learning_rate, settings.warmup_steps, 1, 0.1)
 
 
-@partial(jax.jit, static_argnames="recipe")
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def warmup(recipe: Recipe, state: State, batch: Batch, knobs: Knobs):
     """Like `update`, for the fit of every layer's feature maps to its softmax attention."""
     batch = samples.wide(batch)
