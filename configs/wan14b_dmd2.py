@@ -1,6 +1,6 @@
 """Wan2.1-T2V-14B with linear layers, distilled to four steps (DMD2), at 720p:
 
-python train.py --config=configs/wan14b_dmd2.py --workdir=runs/wan14b_dmd2
+python train.py --config=configs/wan14b_dmd2.py --workdir=/shared/wan14b_dmd2
 
 Three models of 14B: generator, fake score and teacher. Every other value and its source is in
 wan1_3b_dmd2.py. Not run yet.
@@ -14,7 +14,7 @@ from configs import wan1_3b_dmd2
 def get_config() -> ConfigDict:
     config = wan1_3b_dmd2.get_config()
     config.model = "wan2_1_t2v_14b"
-    config.checkpoint = "runs/wan14b/final"
+    config.checkpoint = "/shared/wan14b/final"
     config.teacher = "models/wan14b"
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 8, "context": 4})  # ours; 40 heads divide by 4

@@ -1,6 +1,6 @@
 """Wan2.1-T2V-1.3B with linear layers, distilled to four steps (DMD2):
 
-python train.py --config=configs/wan1_3b_dmd2.py --workdir=runs/wan1_3b_dmd2
+python train.py --config=configs/wan1_3b_dmd2.py --workdir=/shared/wan1_3b_dmd2
 
 The checkpoint is what the transfer stage made of the teacher. Not run yet. "SF+" is
 Self-Forcing-Plus (self_forcing_14b_dmd.yaml: Wan2.1 with all frames at once, prompts alone),
@@ -15,7 +15,7 @@ from configs import wan1_3b
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = "wan2_1_t2v_1_3b"
-    config.checkpoint = "runs/wan1_3b/final"  # what is distilled: its layers stay as they are
+    config.checkpoint = "/shared/wan1_3b/final"  # what is distilled: its layers stay as they are
     config.teacher = "models/wan1.3b"  # what docs/wan.md converts to
     config.prompts = "assets/prompts.txt"  # ours: the paper's are not published
     config.seed = 0

@@ -4,6 +4,4 @@ FROM python:3.12-slim
 WORKDIR /linvideo_jax
 COPY . .
 RUN pip install --no-cache-dir --editable ".[cuda]"
-# A program may take most of the card: the update's own arrays are large.
-ENV XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 ENTRYPOINT ["python", "train.py"]

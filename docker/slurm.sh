@@ -10,6 +10,6 @@
 #SBATCH --requeue
 # 600 s before the time is up SLURM sends SIGTERM: the step ends, one state is saved, and the same
 # command goes on from there when the job is queued again.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 srun --kill-on-bad-exit=1 .venv/bin/python train.py \
-    --config=configs/wan14b.py --workdir=/shared/wan14b
+    --config=configs/wan14b.py --workdir=/shared/wan14b \
+    --config.checkpoint=/shared/models/wan14b

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from linvideo_jax.errors import UserError
+from linvideo_jax.parts import DTYPES
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 _ILLEGAL = re.compile(r"flag --config\.([^=]*)=(.*?): ", re.DOTALL)
@@ -46,8 +47,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The locked configuration with every `--config.FIELD=value` put in.
 
-    UserError for an unknown field, which names the nearest known one, and for a value that is not
-    of the field's type.
+    UserError for an unknown field, which names the nearest known one, for a value that is not of
+    the field's type, and for an unknown dtype.
     """
     known = [name for name, _ in _fields(config)]
     for match in map(_OVERRIDE.match, overrides):
@@ -66,6 +67,8 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         before = _get(default, name)
         if isinstance(before, tuple) and before and not _same_kinds(value, before):
             raise _wrong_type(name, value, default)
+        if name.split(".")[-1] == "dtype" and value not in DTYPES:
+            raise UserError(f"{name} is {value!r}: choose one of {', '.join(DTYPES)}.")
     return config
 
 

@@ -30,7 +30,7 @@ from linvideo_jax.metrics.threads import each
 from linvideo_jax.models.wan import initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
-from linvideo_jax.requests import vbench_name
+from linvideo_jax.requests import MAX_SEED, vbench_name
 from linvideo_jax.video import FPS, write_mp4
 
 Columns = dict[str, np.ndarray]
@@ -194,6 +194,16 @@ class Videos(NamedTuple):
     fingerprint: str
 
 
+def noise_seed(seed: int, video: int) -> int:
+    """Of the video with this number, for every contender."""
+    return seed * 100_003 + video
+
+
+def largest_seed(num_videos: int) -> int:
+    """Up to which `noise_seed` of so many videos can be."""
+    return (MAX_SEED + 1 - num_videos) // 100_003
+
+
 def sample(
     contender: Contender,
     prompts: Sequence[str],
@@ -202,7 +212,7 @@ def sample(
     batch_size: int,
     folder: Path,
 ) -> Videos:
-    """Latents of all prompts; video i has the noise seed `seed * 100003 + i`, for every contender.
+    """Latents of all prompts, from the noise of `noise_seed`.
 
     What an interrupted run has sampled is taken from `folder`.
     """
@@ -220,7 +230,7 @@ def sample(
     if missing:
         batches = pipeline.batches(
             [prompts[i] for i in missing],
-            [seed * 100_003 + i for i in missing],
+            [noise_seed(seed, i) for i in missing],
             settings,
             batch_size,
         )

@@ -1,6 +1,7 @@
 """Folders and files that are written whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,10 @@ def _existing(folder: Path) -> Path:
 
 def check_writable(folder: Path, flag: str) -> None:
     """UserError that names `flag` if `folder` cannot be made and written to; nothing is created."""
+    if re.match(r"\w+:/", str(folder)):
+        raise UserError(
+            f"{folder} is no folder of this machine: give one that is mounted here as {flag}."
+        )
     existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"the folder {folder} cannot be written: choose another {flag}.")

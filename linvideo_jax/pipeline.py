@@ -1,7 +1,7 @@
 """Prompts and seeds to latents and videos, with any checkpoint."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ def overridden(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     Of the count of steps and a distilled model's list, the one that is given decides the other; a
     sampler that such a model is not sampled with takes its own grid.
     """
+    known = [field.name for field in fields(Settings)]
+    if unknown := [key for key in overrides if key not in known]:
+        raise UserError(
+            f"{unknown[0]!r} is no setting of sampling: choose among {', '.join(known)}."
+        )
     given = {key: value for key, value in overrides.items() if value is not None}
     merged = {**defaults, **given}
     if "denoising_steps" in given:

@@ -21,15 +21,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from linvideo_jax import config_files, loop, stages, turns, workdirs
+from linvideo_jax import config_files, loop, stages, workdirs
 from linvideo_jax.errors import UserError
 from linvideo_jax.evaluation import fingerprint
 from linvideo_jax.parallel import hosts
 from linvideo_jax.report import rows as records
 from linvideo_jax.report import tables
 from linvideo_jax.stages import transfer
-from linvideo_jax.transfer import training
-from linvideo_jax.transfer.recipe import Recipe
 
 # Made once for all rows, unless a row changes one of these fields or groups.
 SHARED = {
@@ -148,14 +146,8 @@ def check(row: Row) -> None:
     Also for a folder that holds this row under other settings. Nothing is written.
     """
     if "transfer" in row.stages:
-        teacher = turns.open_folder(row.config.checkpoint).wan_config
-        settings = row.config.transfer
         try:
-            transfer.check(settings, teacher.num_layers)
-            student = training.student_config(teacher, settings.feature_map)
-            # The collection's sampler and grid come with it.
-            options = {"sigmas": (1.0, 0.0), "store_velocity": row.config.collect.store_velocity}
-            Recipe.of(settings, student, teacher, "unipc", row.config.dtype, **options)
+            transfer.check(row.config)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
     before = records.read(row.folder)

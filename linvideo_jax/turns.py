@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from linvideo_jax import checkpoints
+from linvideo_jax.errors import UserError
 from linvideo_jax.models.module import Params
 from linvideo_jax.models.tokenizer import Tokenizer
 from linvideo_jax.models.wan import initial_feature_map
@@ -32,9 +33,16 @@ _MARKS = {
 def open_folder(folder: Path | str) -> checkpoints.Checkpoint:
     """A checkpoint without its parameters, which stay on disk, whatever their size.
 
-    UserError as from `checkpoints.load` of all parts, except for damage inside their data.
+    UserError as from `checkpoints.load` of all parts, except for damage inside their data, and for
+    one without a tokenizer.
     """
     config, _, tokenizer, scheduler = checkpoints.read_flat(folder)
+    if tokenizer is None:
+        raise UserError(
+            f"{folder} has no tokenizer: convert it again from a source that has one as well, such "
+            f"as --source=FILE,Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or copy one to "
+            f"{Path(folder) / 'tokenizer'}."
+        )
     models = checkpoints.model_configs(config)
     return checkpoints.Checkpoint(
         path=Path(folder),
@@ -45,7 +53,7 @@ def open_folder(folder: Path | str) -> checkpoints.Checkpoint:
         vae=None,
         umt5_config=models["text_encoder"],
         text_encoder=None,
-        tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
+        tokenizer=Tokenizer.load(tokenizer),
         scheduler=scheduler,
     )
 

@@ -20,7 +20,8 @@ from linvideo_jax.plan.times import Range, Steps
 from linvideo_jax.rehearsal import Problem
 from linvideo_jax.transfer.recipe import Recipe
 
-# Of the memory of a GPU or a host; a TPU's compiler knows what is reserved there.
+# Of the memory of a GPU or a host; a TPU's compiler knows what is reserved there. The programs let
+# JAX have 2% more of a GPU (device_memory.SHARE), for what its allocator cannot use.
 USABLE = 0.92
 
 

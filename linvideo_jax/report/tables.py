@@ -106,12 +106,15 @@ def view(table: Table, which: str = "") -> str:
     """Markdown of a table of docs/results. "summary": a run's in one line, as README has it."""
     if which == "summary":
         return summary(table)
-    made = table["made"]
     profiles = [run for row in table["rows"].values() for run in row["runs"] if "profile" in run]
     parts = [markdown(table)] if len(profiles) < len(table["rows"]) else []
     parts += map(_profile, profiles)
     parts += [_agreement(target, found) for target, found in table.get("agreement", {}).items()]
-    parts.append(f"`{made['command']}`; {made['device']}, JAX {made['jax']}, {made['time']}.\n")
+    runs = [run for row in table["rows"].values() for run in row["runs"]]
+    made = [run["made"] for run in runs if "made" in run] or [table["made"]]
+    # Pieces of one table may have been made by several commands.
+    where = {f"`{one['command']}`; {one['device']}, JAX {one['jax']}": one["time"] for one in made}
+    parts += [f"{what}, {time}.\n" for what, time in where.items()]
     return "\n".join(parts)
 
 

@@ -235,6 +235,8 @@ def check(config) -> None:
             raise UserError(f"collect.{name} is {settings[name]}: choose 1 or more.")
     if settings.reuse <= 0:
         raise UserError(f"collect.reuse is {settings.reuse}: choose a number above 0.")
+    if settings.folder and records.is_local(epath.Path(settings.folder)):
+        folders.check_writable(Path(settings.folder), "--config.collect.folder")
 
 
 def planned(teacher: Teacher, folder: epath.Path) -> Index:

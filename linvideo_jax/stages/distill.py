@@ -32,7 +32,7 @@ from linvideo_jax.transfer.distill_training import Knobs, Recipe, Texts
 def run(config, workdir: Path) -> None:
     """Trains and writes the generator's moving average to `workdir/final`."""
     settings, workdir = config.distill, Path(workdir)
-    check(settings)
+    check(config)
     teacher = load_teacher(config.teacher)
     student = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
     check_student(student, teacher, settings)
@@ -128,8 +128,12 @@ def run(config, workdir: Path) -> None:
     )
 
 
-def check(settings) -> None:
+def check(config) -> None:
     """UserError for what `config.distill` cannot mean, before anything is loaded."""
+    settings = config.distill
+    for name in ("batch_size", "generator_every", "log_every", "save_every"):
+        if settings[name] < 1:
+            raise UserError(f"distill.{name} is {settings[name]}: choose 1 or more.")
     if settings.sampler not in solvers.FEW_STEP_SAMPLERS:
         raise UserError(
             f"distill.sampler is {settings.sampler!r}: choose one of "

@@ -40,10 +40,9 @@ ON_SHEET = 4  # prompts
 
 def run(config, workdir: Path) -> None:
     """Compares the teacher, `workdir/final` if it is there, and `evaluate.others`."""
+    check(config)
     own, workdir = config.evaluate, Path(workdir)
     folder = workdir / "evaluate"
-    if own.reads not in READS:
-        raise UserError(f"evaluate.reads is {own.reads!r}: choose one of {', '.join(READS)}.")
     prompts = chosen_prompts(own)
     judge, said = None, None
     if own.classifier:
@@ -124,6 +123,22 @@ def run(config, workdir: Path) -> None:
     print(f"{workdir / 'report.html'} shows it; all figures are in {folder / 'metrics.json'}")
 
 
+def check(config) -> None:
+    """UserError for values of `config.evaluate` that cannot be."""
+    own = config.evaluate
+    if own.reads not in READS:
+        raise UserError(f"evaluate.reads is {own.reads!r}: choose one of {', '.join(READS)}.")
+    for name in ("num_prompts", "batch_size"):
+        if own[name] < 1:
+            raise UserError(f"evaluate.{name} is {own[name]}: choose 1 or more.")
+    largest = evaluation.largest_seed(own.num_prompts)
+    if not own.seeds or not all(0 <= seed <= largest for seed in own.seeds):
+        raise UserError(
+            f"evaluate.seeds is {tuple(own.seeds)}: choose one or more from 0 to {largest}."
+        )
+    chosen_prompts(own)
+
+
 def check_unjudged(reads: str, prompts: list[str]) -> None:
     """UserError for what cannot be measured without a classifier."""
     if reads != "pixels":
@@ -151,9 +166,8 @@ def chosen_prompts(own) -> list[str]:
 
 def sampling_settings(own, teacher: checkpoints.Checkpoint) -> Settings:
     """How all contenders are sampled: as `config.evaluate` says, else as the teacher's defaults."""
-    return Settings.of(
-        teacher, height=own.height, width=own.width, num_frames=own.num_frames, **own.sampling
-    )
+    size = {name: own[name] for name in ("height", "width", "num_frames")}
+    return Settings.of(teacher, **(size | own.sampling.to_dict()))
 
 
 def _decoder(decode: Callable, teachers: Videos, path: Path | None) -> Callable[..., np.ndarray]:

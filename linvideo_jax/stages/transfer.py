@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Int
 
-from linvideo_jax import checkpoints, loop, optimizers, report
+from linvideo_jax import checkpoints, loop, optimizers, report, turns
 from linvideo_jax.data import loader, online, trajectories
 from linvideo_jax.data.trajectories import Index
 from linvideo_jax.errors import UserError
@@ -57,9 +57,28 @@ def samples_of(
     return loader.samples(pairs, draw, seed, recipe.batch_size)
 
 
-def check(settings, num_layers: int) -> None:
+def check(config) -> None:
+    """UserError for values of `config.transfer` that cannot be, before pairs are collected."""
+    settings, teacher = config.transfer, turns.open_folder(config.checkpoint).wan_config
+    check_settings(settings, teacher.num_layers)
+    student = training.student_config(teacher, settings.feature_map)
+    # The collection's sampler and grid come with it.
+    options = {"sigmas": (1.0, 0.0), "store_velocity": config.collect.store_velocity}
+    Recipe.of(settings, student, teacher, "unipc", config.dtype, **options)
+
+
+def check_settings(settings, num_layers: int) -> None:
     """UserError for values of `config.transfer` that do not fit together or the model."""
     selection.check(settings, num_layers)
+    for name in ("log_every", "save_every"):
+        if settings[name] < 1:
+            raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
+    alpha = tuple(settings.alpha)
+    if len(alpha) not in (2, 3) or (len(alpha) == 3 and not alpha[2] > 0):
+        raise UserError(
+            f"transfer.alpha is {alpha}: give its start, its end, and the share of the time, above "
+            "0, at which it gets there."
+        )
     if not settings.warmup_steps <= settings.round_at < settings.num_steps:
         raise UserError(
             f"transfer.round_at is {settings.round_at}: choose a step from warmup_steps, "
@@ -75,7 +94,7 @@ def run(config, workdir: Path) -> None:
     placement = Placement.of(config, teacher.wan_config.num_attention_heads)
     beside = Beside.of(config.checkpoint)
     num_layers = teacher.wan_config.num_layers
-    check(settings, num_layers)
+    check_settings(settings, num_layers)
     final = final_weights(settings)
     teacher = replace(teacher, transformer=placement.params(teacher.transformer))
     pairs = collect.opened(config, workdir, teacher, settings.batch_size, placement)
