@@ -30,6 +30,7 @@ from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at, passes
 
+DTYPES = ("bfloat16", "float32")
 NUMBERS = ("num_frames", "height", "width", "batch_size", "updates")
 FLAGS = {
     "out": (None, "JSON file of the rows"),
@@ -39,7 +40,7 @@ FLAGS = {
     "width": ("832", "of the sample, px"),
     "batch_size": ("1", "samples of an update"),
     "remat": ("full", "what the backward pass keeps, as transfer.remat"),
-    "dtype": ("bfloat16", "of the matrix products"),
+    "dtype": ("bfloat16", f"of the matrix products: {', '.join(DTYPES)}"),
     "updates": ("5", "timed, after one that is not"),
 }
 SCORE = {"objective": "adm_score", "score_updates": 5}
@@ -62,10 +63,13 @@ def program(argv: Sequence[str]) -> None:
         numbers = {name: int(given[name]) for name in NUMBERS}
     except ValueError as error:
         raise UserError(f"a number is needed ({error}): --help lists the flags.") from None
+    command_line.choice("dtype", given["dtype"], DTYPES)
     path = Path(given["out"])
     fixed = {name: value for name, value in given.items() if name not in ("out", "help")}
     fixed["device"] = jax.devices()[0].device_kind
     found = loop.read_json(path) if path.exists() else {"settings": fixed, "rows": {}}
+    if not isinstance(found, dict) or not {"settings", "rows"} <= found.keys():
+        raise UserError(f"{path} is no result of this program: choose another --out.")
     if found["settings"] != fixed:
         raise UserError(f"{path} has rows of other settings: choose another --out.")
     for name, changes in OBJECTIVES.items():
