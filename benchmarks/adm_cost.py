@@ -13,18 +13,21 @@ JAX_PLATFORMS=cpu python benchmarks/adm_cost.py --out=runs/adm_cost_tiny.json --
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the packages are in the folder above, not in this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks import measure
 from configs import digits
 from linvideo_jax import command_line, loop, rehearsal
 from linvideo_jax.errors import UserError
-from linvideo_jax.models.module import shapes
 from linvideo_jax.models.wan import WanTransformer
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.transfer import selection, training
@@ -106,7 +109,7 @@ def timed(
 ) -> dict[str, Any]:
     """Seconds per update, what compiling took, and the program's memory."""
     settings, sample = config.transfer, (problem.latent_shape, problem.text_shape)
-    teacher = random_params(recipe.teacher)
+    teacher = measure.random_params(WanTransformer, recipe.teacher, jnp.float32)
     state = training.initial_state(settings, recipe.student, teacher)
     state |= training.objectives_state(recipe, teacher, *sample)
     if phase == "rounded":
@@ -130,15 +133,6 @@ def timed(
         seconds.append(time.perf_counter() - began)
         print(f"  update {number}: {seconds[-1]:.3g} s, loss {loss:.4g}", flush=True)
     return row | {"seconds": seconds[1:], "seconds_per_update": float(np.median(seconds[1:]))}
-
-
-@partial(jax.jit, static_argnums=0)
-def random_params(config):
-    """Normal weights of deviation 0.02, float32."""
-    leaves, tree = jax.tree.flatten(shapes(WanTransformer, config))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [0.02 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
