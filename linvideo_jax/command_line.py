@@ -60,7 +60,9 @@ def choice(name: str, value: str | None, choices: Sequence[str]) -> str | None:
 def run(program: Callable[[Sequence[str]], None], argv: Sequence[str], how_to_go_on: str) -> int:
     """Runs `program(argv)` (program name first) and returns its exit code, without a traceback.
 
-    0; 2 for a UserError; 130 for Ctrl-C or SIGTERM, with `how_to_go_on` on standard error.
+    0; 2 for a UserError; 130 for Ctrl-C or SIGTERM, with `how_to_go_on` on standard error; else the
+    code of the program's SystemExit, such as 1 for a --plan that does not fit. A host that lost the
+    others ends its process with 3, past this function.
     """
     try:
         with _sigterm_as_interrupt():
