@@ -13,23 +13,27 @@ JAX_PLATFORMS=cpu python benchmarks/adm_cost.py --out=runs/adm_cost_tiny.json --
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: the packages are in the folder above, not in this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks import measure
 from configs import digits
 from linvideo_jax import command_line, loop, rehearsal
 from linvideo_jax.errors import UserError
-from linvideo_jax.models.module import shapes
 from linvideo_jax.models.wan import WanTransformer
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.transfer import selection, training
 from linvideo_jax.transfer.recipe import Recipe, knobs_at, passes
 
+DTYPES = ("bfloat16", "float32")
 NUMBERS = ("num_frames", "height", "width", "batch_size", "updates")
 FLAGS = {
     "out": (None, "JSON file of the rows"),
@@ -39,7 +43,7 @@ FLAGS = {
     "width": ("832", "of the sample, px"),
     "batch_size": ("1", "samples of an update"),
     "remat": ("full", "what the backward pass keeps, as transfer.remat"),
-    "dtype": ("bfloat16", "of the matrix products"),
+    "dtype": ("bfloat16", f"of the matrix products: {', '.join(DTYPES)}"),
     "updates": ("5", "timed, after one that is not"),
 }
 SCORE = {"objective": "adm_score", "score_updates": 5}
@@ -62,10 +66,13 @@ def program(argv: Sequence[str]) -> None:
         numbers = {name: int(given[name]) for name in NUMBERS}
     except ValueError as error:
         raise UserError(f"a number is needed ({error}): --help lists the flags.") from None
+    command_line.choice("dtype", given["dtype"], DTYPES)
     path = Path(given["out"])
     fixed = {name: value for name, value in given.items() if name not in ("out", "help")}
     fixed["device"] = jax.devices()[0].device_kind
     found = loop.read_json(path) if path.exists() else {"settings": fixed, "rows": {}}
+    if not isinstance(found, dict) or not {"settings", "rows"} <= found.keys():
+        raise UserError(f"{path} is no result of this program: choose another --out.")
     if found["settings"] != fixed:
         raise UserError(f"{path} has rows of other settings: choose another --out.")
     for name, changes in OBJECTIVES.items():
@@ -102,7 +109,7 @@ def timed(
 ) -> dict[str, Any]:
     """Seconds per update, what compiling took, and the program's memory."""
     settings, sample = config.transfer, (problem.latent_shape, problem.text_shape)
-    teacher = random_params(recipe.teacher)
+    teacher = measure.random_params(WanTransformer, recipe.teacher, jnp.float32)
     state = training.initial_state(settings, recipe.student, teacher)
     state |= training.objectives_state(recipe, teacher, *sample)
     if phase == "rounded":
@@ -126,15 +133,6 @@ def timed(
         seconds.append(time.perf_counter() - began)
         print(f"  update {number}: {seconds[-1]:.3g} s, loss {loss:.4g}", flush=True)
     return row | {"seconds": seconds[1:], "seconds_per_update": float(np.median(seconds[1:]))}
-
-
-@partial(jax.jit, static_argnums=0)
-def random_params(config):
-    """Normal weights of deviation 0.02, float32."""
-    leaves, tree = jax.tree.flatten(shapes(WanTransformer, config))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [0.02 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Compares two results of latency.py or full_size.py, of the same GPU: ratios of seconds.
 
-python benchmarks/check.py --new=runs/latency.json --stored=docs/latency.json
+python benchmarks/check.py --new=runs/latency.json --stored=docs/results/latency_before.json
 
 Ends with 1 if a median is longer than --tolerance allows, or a part of the stored file failed.
 """
@@ -15,7 +15,8 @@ if not __package__:  # run by its path: the packages are in the folder above, no
 
 from absl import flags
 
-from linvideo_jax import command_line, loop
+from benchmarks import measure
+from linvideo_jax import command_line
 from linvideo_jax.errors import UserError
 
 FLAGS = {"new": (None, "JSON of this run"), "stored": (None, "JSON to compare it with")}
@@ -43,7 +44,7 @@ def program(argv: Sequence[str]) -> None:
     flags.DEFINE_float("tolerance", 0.1, "share by which a time may grow", 0, flag_values=values)
     given = command_line.parse(values, argv, __doc__)
     command_line.required(given, "new", "stored")
-    new, stored = (_read(Path(given[name])) for name in ("new", "stored"))
+    new, stored = (measure.read(Path(given[name])) for name in ("new", "stored"))
     devices = [result["environment"]["device"] for result in (new, stored)]
     if devices[0] != devices[1] or new["small"] != stored["small"]:
         raise UserError(
@@ -69,13 +70,6 @@ def program(argv: Sequence[str]) -> None:
         print(f"{part} failed: {new['parts'][part]['error']}")
     if slower or failed:
         raise SystemExit(1)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    result = loop.read_json(path)
-    if not isinstance(result, dict) or not {"environment", "small", "parts"} <= result.keys():
-        raise UserError(f"{path} is no result of these benchmarks.")
-    return result
 
 
 def main(argv: Sequence[str]) -> int:

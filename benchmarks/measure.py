@@ -49,6 +49,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A file that `Results` wrote; UserError if it is not one."""
+    result = loop.read_json(path)
+    if not isinstance(result, dict) or not {"environment", "small", "parts"} <= result.keys():
+        raise UserError(f"{path} is no result of these benchmarks: choose another file.")
+    return result
+
+
 class Results:
     """A JSON file of {part: figures}, written after every part; one device and size a file."""
 
@@ -56,7 +64,7 @@ class Results:
         self._path = path
         self._all = {"environment": environment(), "small": small, "parts": {}}
         if path.exists():
-            before = loop.read_json(path)
+            before = read(path)
             where = before["environment"]["device"], before["small"]
             if where != (self._all["environment"]["device"], small):
                 raise UserError(f"{path} is of {where[0]} or another size: choose another --out.")

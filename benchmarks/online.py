@@ -27,6 +27,7 @@ from benchmarks import tiny
 from configs import digits
 from linvideo_jax import checkpoints, command_line, folders, loop
 from linvideo_jax.data import loader
+from linvideo_jax.errors import UserError
 from linvideo_jax.stages import collect, transfer
 from linvideo_jax.transfer import training
 from linvideo_jax.transfer.recipe import knobs_at
@@ -108,6 +109,12 @@ def program(argv: Sequence[str]) -> None:
     given = command_line.parse(values, argv, __doc__)
     command_line.required(given, "workdir", "out")
     workdir, out = Path(given["workdir"]), Path(given["out"])
+    try:
+        reuses = [float(reuse) for reuse in given["reuse"]]
+    except ValueError:
+        raise UserError(
+            f"--reuse={','.join(given['reuse'])} is wrong: write numbers with commas."
+        ) from None
     folders.check_writable(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     videos, batch_size, updates = (given[name] for name in ("videos", "batch_size", "updates"))
@@ -115,7 +122,7 @@ def program(argv: Sequence[str]) -> None:
         videos, batch_size, updates = 8, 8, 6
     config = config_of(workdir, videos, batch_size, given["tiny"])
     found = loop.read_json(out) if out.exists() else []
-    for row in rows(config, workdir, updates, [float(r) for r in given["reuse"]], found):
+    for row in rows(config, workdir, updates, reuses, found):
         found.append(row)
         loop.write_json(out, found)
         name = "stored" if row["mode"] == "stored" else f"online, each pair {row['reuse']:g} times"

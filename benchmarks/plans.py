@@ -6,7 +6,6 @@ Each plan is compiled twice, 1 to 8 minutes of two cores, and needs
 `pip install -e ".[tpu]"`. What is in --out already is not compiled again; the table is printed.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from linvideo_jax import command_line, config_files
 from linvideo_jax.errors import UserError
-from linvideo_jax.loop import write_json
+from linvideo_jax.loop import read_json, write_json
 from linvideo_jax.plan import page, planned
 from linvideo_jax.plan.chips import GIB
 from linvideo_jax.plan.planned import Plan
@@ -103,7 +102,7 @@ def plans(argv: Sequence[str]) -> None:
     if given["only"] and given["only"] not in machines:
         raise UserError(f"--only={given['only']}: choose one of {', '.join(machines)}.")
     out = Path(given["out"])
-    rows = json.loads(out.read_text()) if out.exists() else {}
+    rows = read_json(out) if out.exists() else {}
     for path, machine, *overrides in PLANS:
         name = " ".join([Path(path).stem, machine, *overrides])
         if name in rows or (given["only"] and machine != given["only"]):

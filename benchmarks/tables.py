@@ -32,12 +32,16 @@ PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def program(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input."""
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
-    results = Path(given["root"]) / "docs" / "results"
+    root = Path(given["root"])
+    for name in DOCUMENTS:
+        if not (root / name).exists():
+            raise UserError(f"{root / name} does not exist: give the repository as --root.")
+    results = root / "docs" / "results"
     if given["workdir"]:
         command_line.required(given, "name")
         bring(Path(given["workdir"]), results, given["name"])
     for name in DOCUMENTS:
-        path = Path(given["root"]) / name
+        path = root / name
         text = path.read_text(encoding="utf-8")
         made = PLACE.sub(lambda found: filled(found, results), text)
         if made != text:

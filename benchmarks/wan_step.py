@@ -15,8 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+
 from linvideo_jax import command_line, config_files
-from linvideo_jax.loop import write_json
+from linvideo_jax.errors import UserError
+from linvideo_jax.loop import read_json, write_json
 from linvideo_jax.models.remat import POLICIES
 from linvideo_jax.stages import smoke
 
@@ -27,7 +30,6 @@ FLAGS = {
     "batches": ("1", "samples of every part of the batch, with commas"),
     "accumulate": ("1", "parts of a batch, with commas"),
     "optimizer": ("adamw", "of transfer.optimizer"),
-    "steps": ("3", "updates after the one that compiles"),
     "case": (None, "one case as JSON, measured in this process; the program calls itself with it"),
 }
 CONFIG = Path(__file__).parents[1] / "configs" / "smoke.py"
@@ -49,27 +51,30 @@ def name_of(case: dict) -> str:
 
 def wan_step(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input."""
-    given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
+    values = command_line.define(FLAGS)
+    flags.DEFINE_integer("steps", 3, "after the one that compiles", 1, flag_values=values)
+    given = command_line.parse(values, argv, __doc__)
     if given["case"]:
         print("RESULT " + json.dumps(measure(json.loads(given["case"]))))
         return
     command_line.required(given, "out")
     out = Path(given["out"])
-    rows = json.loads(out.read_text()) if out.exists() else {}
+    rows = read_json(out) if out.exists() else {}
     for remat in given["remat"].split(","):
         command_line.choice("remat", remat, POLICIES)
+    batches, parts = (_counts(name, given[name]) for name in ("batches", "accumulate"))
     cases = [
         {
             "model": given["model"],
             "remat": remat,
-            "samples": int(samples),
-            "accumulate": int(accumulate),
+            "samples": samples,
+            "accumulate": accumulate,
             "optimizer": given["optimizer"],
-            "steps": int(given["steps"]),
+            "steps": given["steps"],
         }
         for remat in given["remat"].split(",")
-        for samples in given["batches"].split(",")
-        for accumulate in given["accumulate"].split(",")
+        for samples in batches
+        for accumulate in parts
     ]
     for case in cases:
         name = name_of(case)
@@ -91,6 +96,14 @@ def wan_step(argv: Sequence[str]) -> None:
         rows[name]["wall_seconds"] = time.time() - began
         write_json(out, rows)
     print(table(rows))
+
+
+def _counts(name: str, value: str) -> list[int]:
+    """Whole numbers with commas between; UserError if they are not."""
+    words = value.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UserError(f"--{name}={value} is wrong: write whole numbers from 1 on, with commas.")
+    return [int(word) for word in words]
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -1,6 +1,5 @@
 """Writes folders that PyTorch's diffusers loads, without PyTorch."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import numpy as np
 from convert import model_card, tensors
 from convert.keys import Entry, torch_entries
 from convert.sources import CLASSES, FEATURE_MAPS, SAMPLING, STEMS, kind_of
+from convert.tensors import write_json
 from linvideo_jax import folders
 from linvideo_jax.errors import UserError
 from linvideo_jax.lazy import LazyArray
@@ -111,12 +111,11 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in keys if key in config}
 
 
-def write_maps(new: Path, arrays: dict[str, LazyArray]) -> bool:
-    """Moves the feature maps out of `arrays` into linvideo.safetensors; whether there are any."""
+def write_maps(new: Path, arrays: dict[str, LazyArray]) -> None:
+    """Moves the feature maps out of `arrays` into linvideo.safetensors, if there are any."""
     maps = {key: arrays.pop(key) for key in list(arrays) if FEATURE_MAP in key}
     if maps:
         tensors.write(new / f"{FEATURE_MAPS}.safetensors", maps)
-    return bool(maps)
 
 
 def _write_part(new: Path, part: str, config: Mapping[str, Any], flat: Flat) -> None:
@@ -150,7 +149,3 @@ def _tokenizer_class(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     name = tensors.read_json(path).get("tokenizer_class") if path.exists() else None
     return name or "T5TokenizerFast"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from convert import original, pickles, tensors
-from convert.exporter import torch_arrays, write_extras, write_json, write_maps
+from convert.exporter import has_maps, torch_arrays, write_extras, write_maps
 from convert.sources import ORIGINAL_T5, ORIGINAL_TOKENIZER, ORIGINAL_VAE, STEMS
+from convert.tensors import write_json
 from linvideo_jax import folders
 from linvideo_jax.errors import UserError
 from linvideo_jax.lazy import LazyArray
@@ -36,14 +37,14 @@ def write_original(
         raise UserError("the VAE has other levels than Wan2.1's: the original cannot load it.")
     with folders.replaced(folder) as new:
         arrays = torch_arrays("transformer", flat["transformer"])
-        linear = write_maps(new, arrays)
+        write_maps(new, arrays)
         renamed = _renamed("transformer", arrays, config)
         tensors.write(new / f"{STEMS['transformer']}.safetensors", renamed)
         write_json(new / "config.json", _config(config))
         for part, name in _FILES.items():
             pickles.write(new / name, _renamed(part, torch_arrays(part, flat[part]), config))
         shutil.copytree(tokenizer, new / ORIGINAL_TOKENIZER)
-        write_extras(new, config, manifest, "original", linear)
+        write_extras(new, config, manifest, "original", has_maps(flat["transformer"]))
 
 
 def _renamed(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -49,6 +49,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object.")
     return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object into a folder that is not in use yet (`folders.replaced`)."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class TensorFiles:

@@ -9,7 +9,6 @@ config.json holds the sizes of each part under diffusers' key names, `linear_lay
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import numpy as np
 import linvideo_jax
 from convert import importer, sources
 from convert.sources import SAMPLING
-from convert.tensors import read_json
+from convert.tensors import read_json, write_json
 from linvideo_jax import folders, orbax_files
 from linvideo_jax.errors import UserError
 from linvideo_jax.models import registry
@@ -200,8 +199,8 @@ def save_flat(
         if tokenizer is not None:
             shutil.copytree(tokenizer, new / "tokenizer")
         scheduler = dict(scheduler or default_scheduler(config["flow_shift"]))
-        _write_json(new / "scheduler_config.json", scheduler)
-        _write_json(new / "config.json", config)
+        write_json(new / "scheduler_config.json", scheduler)
+        write_json(new / "config.json", config)
         manifest = {
             "linvideo_jax": linvideo_jax.__version__,
             "source": source,
@@ -209,7 +208,7 @@ def save_flat(
             "sizes": {part: config[part] for part in stored},
             "parts": {part: _summary(arrays) for part, arrays in stored.items()},
         }
-        _write_json(new / MANIFEST, manifest)
+        write_json(new / MANIFEST, manifest)
 
 
 def load(
@@ -349,7 +348,3 @@ def _stored(part: str, config: Mapping[str, Any], flat: Flat, dtype: str | None)
 def _summary(flat: Flat) -> dict[str, Any]:
     dtypes = sorted({str(array.dtype) for array in flat.values()})
     return {"parameters": sum(array.size for array in flat.values()), "dtypes": dtypes}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

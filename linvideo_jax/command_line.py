@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from kernels.softmax_attention import interface
 from linvideo_jax.errors import UserError
 
 
@@ -60,10 +61,13 @@ def choice(name: str, value: str | None, choices: Sequence[str]) -> str | None:
 def run(program: Callable[[Sequence[str]], None], argv: Sequence[str], how_to_go_on: str) -> int:
     """Runs `program(argv)` (program name first) and returns its exit code, without a traceback.
 
-    0; 2 for a UserError; 130 for Ctrl-C or SIGTERM, with `how_to_go_on` on standard error.
+    0; 2 for a UserError; 130 for Ctrl-C or SIGTERM, with `how_to_go_on` on standard error; else the
+    code of the program's SystemExit, such as 1 for a --plan that does not fit. A host that lost the
+    others ends its process with 3, past this function. Names in the environment variable
+    SOFTMAX_ATTENTION that are unknown, or do not serve, are a UserError too.
     """
     try:
-        with _sigterm_as_interrupt():
+        with _named_attention(), _sigterm_as_interrupt():
             program(argv)
             sys.stdout.flush()
     except UserError as error:
@@ -79,6 +83,28 @@ def run(program: Callable[[Sequence[str]], None], argv: Sequence[str], how_to_go
     except SystemExit as stop:
         return stop.code or 0
     return 0
+
+
+@contextlib.contextmanager
+def _named_attention() -> Iterator[None]:
+    given = os.environ.get(interface.VARIABLE, "")
+    names = given.split(",") if given else []
+    for name in names:
+        if name not in interface.IMPLEMENTATIONS:
+            raise UserError(
+                f"{interface.VARIABLE}={given} names no {name!r} that is known: choose from "
+                f"{', '.join(interface.IMPLEMENTATIONS)}, or unset it."
+            )
+    try:
+        yield
+    except NotImplementedError as error:
+        refusals = " ".join(str(error).split())
+        if not names or not refusals.startswith(f"{names[0]}: "):  # not `dispatch`'s
+            raise
+        raise UserError(
+            f"{interface.VARIABLE}={given} does not serve ({refusals}): name another one, "
+            "or unset it."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def read(folder: Path, names: Sequence[str]) -> dict[str, LazyArray]:
         store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {"driver": "zarr", "kvstore": store}
         futures[name] = ts.open(spec, open=True, read=True, context=context)
-    return {name: _lazy(folder, name, future.result()) for name, future in futures.items()}
+    return {name: _lazy(folder, future.result()) for name, future in futures.items()}
 
 
 def names(folder: Path) -> set[str]:
@@ -109,7 +109,7 @@ def names(folder: Path) -> set[str]:
     return {key.decode().removesuffix(_ENTRY) for key in keys if key.endswith(_ENTRY.encode())}
 
 
-def _lazy(folder: Path, name: str, store: ts.TensorStore) -> LazyArray:
+def _lazy(folder: Path, store: ts.TensorStore) -> LazyArray:
     def read() -> np.ndarray:
         try:
             return store.read().result()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    adm_cost,
     check,
     contenders,
     full_size,
@@ -18,10 +19,14 @@ from benchmarks import (
     latency,
     latency_table,
     measure,
+    online,
+    plans,
     random_checkpoint,
+    tables,
     tune_softmax,
     two_gpus,
     two_gpus_table,
+    wan_step,
 )
 from kernels.gpu import target
 from kernels.softmax_attention import softmax_attention, tokamax_configs, tokamax_mosaic
@@ -115,6 +120,31 @@ def test_check_compares_results_of_one_device(run, tmp_path):
     assert code == 2 and "compare results of one device" in err
     code, _, err = run(check, new=write("d.json", {}), stored=stored)
     assert code == 2 and "is no result of these benchmarks" in err
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        (wan_step, {"batches": "x"}, "--batches=x is wrong: write whole numbers from 1 on"),
+        (wan_step, {"steps": "0"}, "--help lists the flags"),
+        (wan_step, {"out": "broken.json"}, "broken.json cannot be read as JSON"),
+        (plans, {"out": "broken.json"}, "broken.json cannot be read as JSON"),
+        (online, {"reuse": "1,x", "workdir": "."}, "--reuse=1,x is wrong: write numbers"),
+        (tables, {"root": "none", "out": None}, "README.md does not exist: give the repository"),
+        (latency, {"out": "foreign.json"}, "foreign.json is no result of these benchmarks"),
+        (adm_cost, {"out": "foreign.json"}, "foreign.json is no result of this program"),
+        (adm_cost, {"dtype": "foo"}, "--dtype=foo is unknown; choose from bfloat16, float32"),
+        (check, {"out": None, "new": "none", "stored": "none"}, "none does not exist: give"),
+    ],
+)
+def test_wrong_input_is_one_sentence(run, tmp_path, monkeypatch, program, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text('{"b": ')
+    Path("foreign.json").write_text('{"b": 1}')
+    given = {"out": "out.json", **flags}
+    code, out, err = run(program, **{name: text for name, text in given.items() if text})
+    assert (code, out) == (2, "") and message in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and not Path("out.json").exists()
 
 
 def test_table_and_pictures(tmp_path, capsys):

@@ -135,7 +135,7 @@ def test_failed_save_leaves_the_old_folder(student, transformer, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "_write_json", fail)
+    monkeypatch.setattr(checkpoints, "write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(student, config=checkpoints.make_config(WAN), transformer=transformer)
     assert [path.name for path in student.parent.iterdir()] == ["student"]

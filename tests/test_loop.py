@@ -345,6 +345,8 @@ def test_json_files(tmp_path):
     assert loop.read_json(tmp_path / "new" / "a.json") == {"b": [1, 2]}
     assert os.listdir(tmp_path / "new") == ["a.json"]
     (tmp_path / "bad.json").write_text('{"b": ')
-    for name in ("bad.json", "none.json"):
-        with pytest.raises(UserError, match="cannot be read as JSON"):
-            loop.read_json(tmp_path / name)
+    (tmp_path / "bytes.json").write_bytes(b"\xff{")
+    wrong = "cannot be read as JSON .*: delete it and run again"
+    for name, message in (("bad", wrong), ("bytes", wrong), ("none", "does not exist: give")):
+        with pytest.raises(UserError, match=message):
+            loop.read_json(tmp_path / f"{name}.json")

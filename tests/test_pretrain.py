@@ -145,7 +145,18 @@ def test_digit_pixels_weigh_more():
     np.testing.assert_allclose(losses[1], 0.04 / 8, rtol=1e-5)
 
 
-def test_unknown_part_is_refused(config, tmp_path):
-    config.pretrain.parts = ("vea",)
-    with pytest.raises(UserError, match="known are vae, classifier, transformer"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": ("vea",)}, "known are vae, classifier, transformer"),
+        ({"transformer.sizes.short.num_clips": 0}, "sizes leaves steps without clips"),
+        ({"transformer.sizes.short.every": 2}, "sizes leaves steps without clips"),
+        ({"transformer.sizes.short.every": 0}, "sizes leaves steps without clips"),
+        ({"transformer.remat": "foo"}, "remat is 'foo': choose one of none, products"),
+    ],
+)
+def test_wrong_settings_are_refused(config, tmp_path, changes, message):
+    config.pretrain.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
         pretrain.run(config, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -223,6 +224,22 @@ def test_unknown_words_are_a_warning_that_lists_the_known(run):
 def test_help_lists_the_flags(run):
     code, out, _ = run("--help")
     assert code == 0 and "--num_inference_steps" in out and "python sample.py" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("flash", "SOFTMAX_ATTENTION=flash names no 'flash' that is known: choose from hopper"),
+        ("cudnn,flash", "SOFTMAX_ATTENTION=cudnn,flash names no 'flash' that is known"),
+        ("cudnn", "SOFTMAX_ATTENTION=cudnn does not serve (cudnn: "),
+    ],
+)
+def test_attention_that_does_not_serve(run, monkeypatch, names, message):
+    monkeypatch.setenv("SOFTMAX_ATTENTION", names)
+    jax.clear_caches()  # of what was traced with another one
+    code, _, err = run()
+    assert code == 2 and err.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -25,30 +25,6 @@ def x0_from_velocity(
     return x - _over_samples(t, x) * velocity
 
 
-def noise_from_velocity(
-    x: Float[Array, "..."], velocity: Float[Array, "..."], t: Float[Array, "*batch"]
-) -> Float[Array, "..."]:
-    """The noise that a velocity at x_t comes from: x_1 = x_t + (1 - t) u."""
-    return x + (1 - _over_samples(t, x)) * velocity
-
-
-def velocity_from_x0(
-    x: Float[Array, "..."], x0: Float[Array, "..."], t: Float[Array, "*batch"]
-) -> Float[Array, "..."]:
-    """The velocity at x_t that points to x_0: u = (x_t - x_0) / t; t > 0."""
-    return (x - x0) / _over_samples(t, x)
-
-
-def score_from_velocity(
-    x: Float[Array, "..."], velocity: Float[Array, "..."], t: Float[Array, "*batch"]
-) -> Float[Array, "..."]:
-    """grad log p_t(x_t) = -(x_t + (1 - t) u) / t; t > 0.
-
-    Two scores at one point differ by -((1 - t) / t)(u - u^) (LinVideo, eq. 13).
-    """
-    return -noise_from_velocity(x, velocity, t) / _over_samples(t, x)
-
-
 def guided(
     conditional: Float[Array, "..."], unconditional: Float[Array, "..."], scale: float
 ) -> Float[Array, "..."]:

@@ -17,10 +17,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file; UserError if it is not one."""
+    """The value of a JSON file; UserError if it is not one, or not there."""
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a file that does.") from None
+    except (OSError, ValueError) as error:  # a picture is no UTF-8, a ValueError too
         raise UserError(
             f"{path} cannot be read as JSON ({error}): delete it and run again."
         ) from None

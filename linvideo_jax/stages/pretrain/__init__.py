@@ -31,6 +31,8 @@ def run(config, workdir: Path) -> None:
     unknown = set(settings.parts) - set(PARTS)
     if unknown:
         raise UserError(f"pretrain.parts names {sorted(unknown)}; known are {', '.join(PARTS)}.")
+    if "transformer" in settings.parts:
+        transformer_training.check(settings.transformer)
     sizes = registry.sizes(config.model)
     start = checkpoints.load(config.checkpoint) if config.checkpoint else None
     if start:

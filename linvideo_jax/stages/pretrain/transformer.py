@@ -11,14 +11,31 @@ import optax
 
 from linvideo_jax import loop, optimizers
 from linvideo_jax.data import captions, digits
+from linvideo_jax.errors import UserError
 from linvideo_jax.flow import rectified
 from linvideo_jax.models import module, vae
+from linvideo_jax.models.remat import POLICIES
 from linvideo_jax.models.umt5 import UMT5Encoder
 from linvideo_jax.models.wan import WanTransformer
 from linvideo_jax.progress import Progress
 from linvideo_jax.stages.pretrain.vae import encoder
 
 Data = dict[str, jax.Array]
+
+
+def check(settings) -> None:
+    """UserError for settings with which some step has no clips, or for an unknown remat."""
+    turns = [size.every for size in settings.sizes.values() if size.num_clips]
+    if min(turns, default=0) != 1:
+        raise UserError(
+            "pretrain.transformer.sizes leaves steps without clips: of the sizes with num_clips "
+            "above 0 one needs every=1, and none may have less."
+        )
+    if settings.remat not in POLICIES:
+        raise UserError(
+            f"pretrain.transformer.remat is {settings.remat!r}: choose one of "
+            f"{', '.join(POLICIES)}."
+        )
 
 
 def make_data(settings, size, sizes, vae_params, tokenizer, seed: int) -> Data:
@@ -113,6 +130,7 @@ def train(settings, sizes, vae_params, tokenizer, folder: Path, seed: int, param
     """Trains {"text_encoder", "transformer"} from `params`; returns their moving average.
 
     Sizes of clips take turns: one with `every` = k has each k-th step, the largest k first.
+    The settings are those that `check` lets pass.
     """
     clip_sizes = [size for size in settings.sizes.values() if size.num_clips]
     datas = [make_data(settings, size, sizes, vae_params, tokenizer, seed) for size in clip_sizes]
