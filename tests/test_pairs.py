@@ -151,12 +151,12 @@ def test_damaged_and_missing_files_are_named(folder):
     index = index_of()
     paths = [trajectories.shard_path(folder, i) for i in range(2)]
     damage(paths[1], paths[1].stat().length // 2)
-    assert trajectories.unfinished(folder, index, range(2)) == [1]
+    assert trajectories.unfinished(folder, range(2)) == [1]
     with pytest.raises(UserError, match=r"lacks pairs-00001\.arrayrecord, or they are damaged"):
         trajectories.open_folder(folder)
     damage(paths[1], paths[1].stat().length // 2)  # as it was, if later
     stamps = [records.checksum_path(path).stat().mtime for path in paths]
-    assert trajectories.unfinished(folder, index, range(2)) == []
+    assert trajectories.unfinished(folder, range(2)) == []
     assert records.checksum_path(paths[1]).stat().mtime >= stamps[1]
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     records.checksum_path(paths[1]).unlink()  # killed before it was written
@@ -173,10 +173,10 @@ def test_damage_found_while_training_names_the_file_and_has_it_made_anew(folder)
     content[content.find(pairs.velocity(4, True).tobytes())] ^= 1  # rot, which no date shows
     path.write_bytes(bytes(content))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert trajectories.unfinished(folder, index_of(), range(2)) == []
+    assert trajectories.unfinished(folder, range(2)) == []
     with pytest.raises(UserError, match=r"pairs-00000\.arrayrecord is damaged or missing: run the"):
         trajectories.open_folder(folder).velocity(4, True)
-    assert trajectories.unfinished(folder, index_of(), range(2)) == [0]
+    assert trajectories.unfinished(folder, range(2)) == [0]
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_file_loses_nothing(folder, tmp_path):

@@ -233,7 +233,7 @@ class Pairs:
         return np.frombuffer(record, BFLOAT16, offset=offset).reshape(self.index.latent_shape)
 
 
-def unfinished(folder: epath.Path, index: Index, numbers: Sequence[int]) -> list[int]:
+def unfinished(folder: epath.Path, numbers: Sequence[int]) -> list[int]:
     """Which of these files of pairs are not there as they were written."""
     return [number for number in numbers if not records.intact(shard_path(folder, number))]
 

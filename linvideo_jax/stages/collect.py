@@ -211,7 +211,7 @@ def run(
     if process_index == 0:
         trajectories.write_index(folder, index)
     everything = range(index.num_shards)
-    unfinished = trajectories.unfinished(folder, index, everything)
+    unfinished = trajectories.unfinished(folder, everything)
     missing = [number for number in unfinished if number % process_count == process_index]
     if missing:
         announce(teacher, folder, index, unfinished, missing)
