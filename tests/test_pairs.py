@@ -148,7 +148,6 @@ def damage(path, position):
 
 
 def test_damaged_and_missing_files_are_named(folder):
-    index = index_of()
     paths = [trajectories.shard_path(folder, i) for i in range(2)]
     damage(paths[1], paths[1].stat().length // 2)
     assert trajectories.unfinished(folder, range(2)) == [1]
