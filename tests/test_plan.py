@@ -324,7 +324,7 @@ def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.replace('"tiny"', '"wan_digits"'))
     config = config_files.load(str(tmp_path / "config.py"))
     (made,) = simulated.compile_updates(config, 2, (2,))
-    assert made.batch_size == 2 and made.peak > 2 * made.held.total > 0  # state, old and new
+    assert made.batch_size == 2 and made.peak > made.held.total > 0
     assert made.mixed.by_kind()["all-to-all"][0] > made.rounded.by_kind()["all-to-all"][0] > 0
     # 8 kernels of each of 12 layers (both devices have the text's keys whole); the CPU's own
     # program has no reduce-scatter.
