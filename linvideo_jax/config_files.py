@@ -67,8 +67,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         before = _get(default, name)
         if isinstance(before, tuple) and before and not _same_kinds(value, before):
             raise _wrong_type(name, value, default)
-        if name.split(".")[-1] == "dtype" and value not in DTYPES:
-            raise UserError(f"{name} is {value!r}: choose one of {', '.join(DTYPES)}.")
+        _check_dtype(name, value)
     return config
 
 
@@ -86,7 +85,13 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             group[last] = value
         except (TypeError, ValueError):
             raise _wrong_type(name, value, default) from None
+        _check_dtype(name, value)
     return config
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    if name.split(".")[-1] == "dtype" and value not in DTYPES:
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(DTYPES)}.")
 
 
 def _check_known(name: str, known: Sequence[str]) -> None:

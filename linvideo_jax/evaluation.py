@@ -26,17 +26,18 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.folders import replacing
 from linvideo_jax.metrics import agreement, flow, likeness, motion, quality
 from linvideo_jax.metrics.classifier import NO_DIRECTION, Classifier
-from linvideo_jax.metrics.threads import each
 from linvideo_jax.models.wan import initial_feature_map
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.progress import Progress
 from linvideo_jax.requests import MAX_SEED, vbench_name
+from linvideo_jax.threads import each
 from linvideo_jax.video import FPS, write_mp4
 
 Columns = dict[str, np.ndarray]
 
 TEACHER, STUDENT = "teacher", "student"
 SAVE_EVERY = 10.0  # seconds of sampling that an interruption may cost
+SEED_SPACING = 100_003  # of the noise of two sampling seeds: more videos than an evaluation has
 
 
 class Contender(NamedTuple):
@@ -196,12 +197,12 @@ class Videos(NamedTuple):
 
 def noise_seed(seed: int, video: int) -> int:
     """Of the video with this number, for every contender."""
-    return seed * 100_003 + video
+    return seed * SEED_SPACING + video
 
 
 def largest_seed(num_videos: int) -> int:
     """Up to which `noise_seed` of so many videos can be."""
-    return (MAX_SEED + 1 - num_videos) // 100_003
+    return (MAX_SEED + 1 - num_videos) // SEED_SPACING
 
 
 def sample(

@@ -4,9 +4,7 @@ A module stacks its layers under `blocks`, on axis 0. Flat, each layer has array
 `blocks.attn1.to_q.kernel` of 30 layers is `blocks.0.attn1.to_q.kernel` to `blocks.29...`.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +20,7 @@ from linvideo_jax.models import module
 from linvideo_jax.models.umt5 import UMT5Config, UMT5Encoder
 from linvideo_jax.models.vae import VAEConfig, WanVAE
 from linvideo_jax.models.wan import WanConfig, WanTransformer
+from linvideo_jax.threads import each
 
 STACKED = "blocks"
 FEATURE_MAP = ".feature_map."
@@ -128,8 +127,7 @@ def _stack(arrays: list[np.ndarray | LazyArray]) -> np.ndarray:
         stacked[layer] = arrays[layer]
 
     # Lazy arrays are decompressed side by side, in as many times the memory of one.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(len(arrays))))
+    each(read, range(len(arrays)), most=8)
     return stacked
 
 

@@ -63,6 +63,11 @@ def test_the_command_line_is_looked_at_first(tmp_path, capsys, words, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_row_of_a_sweep_has_a_known_dtype():
+    with pytest.raises(UserError, match="dtype is 'bf16': choose one of float32, bfloat16"):
+        config_files.changed(digits.get_config(), {"dtype": "bf16"})
+
+
 def test_sampling_has_known_settings_alone():
     with pytest.raises(UserError, match="'num_steps' is no setting of sampling: choose among heig"):
         pipeline.overridden({"height": 96}, {"num_steps": 8})

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_transfer
+import test_workdirs
 
 from linvideo_jax import config_files, loop, stages, sweep
 from linvideo_jax.errors import UserError
@@ -162,16 +163,6 @@ def test_an_interrupted_row_goes_on_and_a_diverged_one_is_recorded(
     assert "| mse (2 of 3 seeds not run) |" in text
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from linvideo_jax import workdirs
-with workdirs.held(Path(sys.argv[1]), sys.argv[2]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_a_row_that_another_process_has_is_left_to_it(swept, tmp_path, monkeypatch, capsys):
     calls, own = [], config_files.changed(swept.config, {"sweep": ROWS[:2], "sweep_seeds": (0,)})
     (tmp_path / "pairs").symlink_to(swept.workdir / "pairs")
@@ -180,11 +171,12 @@ def test_a_row_that_another_process_has_is_left_to_it(swept, tmp_path, monkeypat
         shutil.copytree(swept.workdir / "rows" / name / "seed0", done, symlinks=True)
         loop.write_json(done / "row.json", row(swept, name) | {"evaluated_by": "other settings"})
     monkeypatch.setattr(stages, "run", noted(calls))
-    words = [sys.executable, "-c", HOLD, str(tmp_path / "rows" / "mse" / "seed0"), ".row"]
-    with subprocess.Popen(words, stdin=-1, stdout=-1, text=True) as other:
+    lock = tmp_path / "rows" / "mse" / "seed0" / ".row"
+    words = [sys.executable, "-c", test_workdirs.HOLD, str(lock)]
+    with subprocess.Popen(words, stdout=-1, text=True) as other:
         assert other.stdout.readline() == "held\n"
         sweep.run(own, tmp_path)
-        other.stdin.close()
+        other.kill()
     assert [folder.parent.name for what, folder in calls if what == ("evaluate",)] == ["two"]
     assert "Other processes had these rows: mse (seed 0)." in capsys.readouterr().out
     calls.clear()

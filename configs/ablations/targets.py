@@ -2,9 +2,8 @@
 
 python train.py --config=configs/ablations/targets.py --workdir=runs/ablations/targets
 
-The paper's quality holds to 60% of the layers and falls after. A row took an
-H200 under a minute of training (docs/results.md) and half a minute of evaluation; one compilation
-serves all.
+The paper's quality holds to 60% of the layers and falls after. A row took an H200 under a minute of
+training (docs/results.md) and half a minute of evaluation; one compilation serves all.
 """
 
 from ml_collections import ConfigDict

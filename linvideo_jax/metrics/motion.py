@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from scipy.ndimage import uniform_filter
 
 from linvideo_jax.data.digits import ABSENT, COLOURS, FRAME, Labels
-from linvideo_jax.metrics.threads import each
+from linvideo_jax.threads import each
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32) / 127.5 - 1
 _CROP = 44  # px, holds the largest digit

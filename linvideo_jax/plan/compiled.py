@@ -75,7 +75,8 @@ def compile_update(
     counted in what the partitioner made: the CPU's own passes widen bfloat16 and sum in whole.
     UserError as `rehearsal.problem` and `rehearsal.recipe`.
     """
-    began, simulated = time.time(), simulated and mesh.size > 1  # one device has no partitioner
+    began = time.time()
+    simulated = simulated and mesh.size > 1  # for one device XLA runs no partitioner
     given = rehearsal.problem(config)
     recipe = rehearsal.recipe(config, given, mesh)
     recipe = replace(recipe, batch_size=batch_size)

@@ -24,7 +24,7 @@ from linvideo_jax.data import online, records, trajectories
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.data.texts import Texts
 from linvideo_jax.data.trajectories import Index, Trajectories
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.flow import grids, rectified, solvers
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
@@ -230,9 +230,7 @@ def check(config) -> None:
             raise UserError(
                 f"collect.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
             )
-    for name in ("num_videos", "batch_size", "buffer"):
-        if settings[name] < 1:
-            raise UserError(f"collect.{name} is {settings[name]}: choose 1 or more.")
+    check_counts("collect", settings, ("num_videos", "batch_size", "buffer"))
     if settings.reuse <= 0:
         raise UserError(f"collect.reuse is {settings.reuse}: choose a number above 0.")
     if settings.folder and records.is_local(epath.Path(settings.folder)):

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from linvideo_jax import checkpoints, loop, optimizers, report, turns
 from linvideo_jax.data import prompts as prompt_files
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.flow import solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
@@ -131,9 +131,7 @@ def run(config, workdir: Path) -> None:
 def check(config) -> None:
     """UserError for what `config.distill` cannot mean, before anything is loaded."""
     settings = config.distill
-    for name in ("batch_size", "generator_every", "log_every", "save_every"):
-        if settings[name] < 1:
-            raise UserError(f"distill.{name} is {settings[name]}: choose 1 or more.")
+    check_counts("distill", settings, ("batch_size", "generator_every", "log_every", "save_every"))
     if settings.sampler not in solvers.FEW_STEP_SAMPLERS:
         raise UserError(
             f"distill.sampler is {settings.sampler!r}: choose one of "

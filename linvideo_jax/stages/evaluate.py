@@ -19,7 +19,7 @@ import numpy as np
 from linvideo_jax import checkpoints, evaluation, loop, report, video, workdirs
 from linvideo_jax.data import prompts as prompt_files
 from linvideo_jax.data.digits import Labels
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.evaluation import (
     TEACHER,
     Columns,
@@ -128,9 +128,7 @@ def check(config) -> None:
     own = config.evaluate
     if own.reads not in READS:
         raise UserError(f"evaluate.reads is {own.reads!r}: choose one of {', '.join(READS)}.")
-    for name in ("num_prompts", "batch_size"):
-        if own[name] < 1:
-            raise UserError(f"evaluate.{name} is {own[name]}: choose 1 or more.")
+    check_counts("evaluate", own, ("num_prompts", "batch_size"))
     largest = evaluation.largest_seed(own.num_prompts)
     if not own.seeds or not all(0 <= seed <= largest for seed in own.seeds):
         raise UserError(

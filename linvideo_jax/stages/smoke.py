@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from linvideo_jax import rehearsal
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.metrics import step_flops
 from linvideo_jax.metrics.step_flops import Layers
 from linvideo_jax.models import wan
@@ -32,9 +32,7 @@ GIB = chips.GIB
 
 def run(config, workdir: Path | None = None) -> None:
     """Makes `config.smoke.num_steps` updates and prints what they took; writes nothing."""
-    for name in ("num_steps", "samples"):
-        if config.smoke[name] < 1:
-            raise UserError(f"smoke.{name} is {config.smoke[name]}: choose 1 or more.")
+    check_counts("smoke", config.smoke, ("num_steps", "samples"))
     measured = measure(with_batch(config), config.smoke.num_steps)
     if not np.isfinite(measured["losses"]).all():
         raise UserError(

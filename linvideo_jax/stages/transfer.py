@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from linvideo_jax import checkpoints, loop, optimizers, report, turns
 from linvideo_jax.data import loader, online, trajectories
 from linvideo_jax.data.trajectories import Index
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.metrics import flops
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
@@ -70,9 +70,7 @@ def check(config) -> None:
 def check_settings(settings, num_layers: int) -> None:
     """UserError for values of `config.transfer` that do not fit together or the model."""
     selection.check(settings, num_layers)
-    for name in ("log_every", "save_every"):
-        if settings[name] < 1:
-            raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
+    check_counts("transfer", settings, ("log_every", "save_every"))
     alpha = tuple(settings.alpha)
     if len(alpha) not in (2, 3) or (len(alpha) == 3 and not alpha[2] > 0):
         raise UserError(

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from linvideo_jax import optimizers
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import check_counts
 from linvideo_jax.flow import rectified
 from linvideo_jax.models import wan
 from linvideo_jax.models.layout import Layout
@@ -52,9 +52,7 @@ class Recipe:
         cls, settings, student, teacher, fake, sigmas, shape, dtype, layout: Layout | None = None
     ) -> "Recipe":
         """From `config.distill`; UserError for a count below 1."""
-        for name in ("batch_size", "generator_every"):
-            if settings[name] < 1:
-                raise UserError(f"distill.{name} is {settings[name]}: choose 1 or more.")
+        check_counts("distill", settings, ("batch_size", "generator_every"))
         return cls(
             student,
             teacher,

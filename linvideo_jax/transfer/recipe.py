@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from linvideo_jax.errors import UserError
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.models import remat
 from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.wan_config import WanConfig
@@ -83,9 +83,7 @@ class Recipe:
                 raise UserError(
                     f"transfer.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
                 )
-        for name in COUNTS:
-            if settings[name] < 1:
-                raise UserError(f"transfer.{name} is {settings[name]}: choose 1 or more.")
+        check_counts("transfer", settings, COUNTS)
         if settings.velocities == "guided" and settings.objective not in GUIDED:
             raise UserError(
                 "transfer.velocities is 'guided': choose one of the objectives "
