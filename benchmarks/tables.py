@@ -4,10 +4,10 @@ python benchmarks/tables.py --workdir=runs/ablations/objectives --name=objective
 python benchmarks/tables.py
 
 docs/results/NAME.json keeps the records; rows that are there from another run and not in this one
-stay. --workdir may also be a plain run with an evaluation, such as runs/digits. Without --workdir
-the documents are made anew from what docs/results has: every table between the lines
-<!-- table NAME --> and <!-- end --> in README.md and docs/results.md. A table whose file is not
-there says that it was not run.
+stay. --workdir may also be a plain run with an evaluation, such as runs/digits; its models join the
+rows of a sweep that is there. Without --workdir the documents are made anew from what docs/results
+has: every table between the lines <!-- table NAME --> and <!-- end --> in README.md and
+docs/results.md. A table whose file is not there says that it was not run.
 """
 
 import re
@@ -62,6 +62,8 @@ def bring(workdir: Path, results: Path, name: str) -> None:
                 temporary.write_text(svg, encoding="utf-8")
     elif (workdir / "evaluate" / "metrics.json").exists():
         table = tables.of_run(loop.read_json(workdir / "evaluate" / "metrics.json"))
+        if before is not None and tables.has_training(before):
+            table = tables.joined(before, table)
     else:
         raise UserError(
             f"{workdir} has neither table.json nor evaluate/metrics.json: run train.py there first."

@@ -35,6 +35,11 @@ def get_config() -> ConfigDict:
     evaluate.sampling = ConfigDict({"num_inference_steps": 8})
     evaluate.batch_size = 16
     evaluate.reads = "latents"
-    evaluate.others = ConfigDict({"half linear, shipped": "assets/wan_digits_linear"})
+    evaluate.others = ConfigDict(
+        {
+            "half linear, shipped": "assets/wan_digits_linear",
+            "four steps, shipped": "assets/wan_digits_four_step",
+        }
+    )
     evaluate.others_before = False  # docs/results.md has that gap
     return config

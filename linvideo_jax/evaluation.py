@@ -116,11 +116,13 @@ def contenders(
         student, here = _of_family(teacher, folder), name == STUDENT
         sampling = few_steps(student) | dict(others_sampling.get(name, {}))
         found.append(Contender(name, "after", student, folder, here, sampling))
+        if not (own_before if here else others_before):
+            continue
         if here and start and few_steps(student):
             before = _of_family(teacher, start)
             cut = {"num_inference_steps": sampling["num_inference_steps"]}
             found.append(Contender(before_name(name), "before", before, start, sampling=cut))
-        elif own_before if here else others_before:
+        else:
             features = student.wan_config.feature_map or "hedgehog"
             before = untrained(teacher, student.linear_layers, features)
             found.append(Contender(before_name(name), "before", before, str(teacher.path)))

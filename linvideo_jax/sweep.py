@@ -27,7 +27,6 @@ from linvideo_jax.evaluation import fingerprint
 from linvideo_jax.parallel import hosts
 from linvideo_jax.report import rows as records
 from linvideo_jax.report import tables
-from linvideo_jax.stages import transfer
 
 # Made once for all rows, unless a row changes one of these fields or groups.
 SHARED = {
@@ -127,7 +126,8 @@ def planned(config, workdir: Path) -> list[Row]:
                 continue
             own = config_files.changed(config, {**changes, "seed": seed, "sweep": ()})
             if "evaluate" in own:
-                theirs = fingerprint(own.checkpoint, own.evaluate.to_dict())
+                teacher = own.get("teacher") or own.checkpoint
+                theirs = fingerprint(teacher, own.evaluate.to_dict())
                 own.evaluate.shared = str(workdir / "teacher" / theirs)
             folder = workdir / "rows" / name / f"seed{seed}"
             rows.append(Row(name, seed, dict(changes), own, folder, own_stages(own, changes)))
@@ -141,15 +141,14 @@ def own_stages(config, changes: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check(row: Row) -> None:
-    """UserError, with the row's name, for settings of the transfer that cannot be.
+    """UserError, with the row's name, for settings of its stages that cannot be.
 
     Also for a folder that holds this row under other settings. Nothing is written.
     """
-    if "transfer" in row.stages:
-        try:
-            transfer.check(row.config)
-        except UserError as error:
-            raise UserError(f"row {row.name}: {error}") from None
+    try:
+        stages.check(config_files.changed(row.config, {"stages": row.stages}))
+    except UserError as error:
+        raise UserError(f"row {row.name}: {error}") from None
     before = records.read(row.folder)
     if before and before["trained_by"] != row.trained_by:
         raise UserError(
@@ -171,7 +170,8 @@ def run_row(row: Row, workdir: Path) -> None:
     if record["status"] == "begun":
         record |= train(row, workdir)
         loop.write_json(row.folder / records.FILE, record)
-        shutil.rmtree(row.folder / "state" / "transfer" / "checkpoints", ignore_errors=True)
+        for stage in records.TRAINING:
+            shutil.rmtree(row.folder / "state" / stage / "checkpoints", ignore_errors=True)
     if record["status"] != "trained" or "evaluate" not in row.stages:
         return
     if record.get("evaluated_by") != row.evaluated_by:

@@ -29,7 +29,7 @@ MESHES = ({}, {"fsdp": 2, "context": 2})
 def trained(sizes, teacher, texts):
     """([loss and gradient norm of each step], whether the state lies by the table)."""
     single = not sizes
-    placement = Placement.by_sizes(sizes, HEADS) if sizes else Placement(None, None)
+    placement = Placement.by_sizes(sizes, HEADS, devices=None if sizes else jax.devices()[:1])
     settings = digits_dmd2.get_config().distill
     settings.update(batch_size=BATCH, remat="none")
     student = training.student_config(TEACHER)

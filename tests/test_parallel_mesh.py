@@ -1,6 +1,7 @@
 """The mesh, its table and its exchange, without devices: what is chosen and what is refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -87,7 +88,20 @@ def test_one_device_is_the_plain_path():
     placement = Placement.of(ConfigDict(), 12)
     batch = {"x": np.arange(6)}
     assert placement.layout is None and placement.batch(batch, 6) is batch
-    assert placement.make(lambda: "made") == "made"
+    np.testing.assert_array_equal(placement.make(np.arange, 3), np.arange(3))
+
+
+def test_a_program_that_uses_the_hosts_memory_is_compiled_once():
+    placement = Placement.of(ConfigDict(), 12, jax.devices()[:1])
+
+    @jax.jit
+    def update(x):
+        away = jax.device_put(2 * x, jax.memory.Space.Host)
+        return jax.device_put(away, jax.memory.Space.Device)
+
+    for begin in (placement.make(jnp.ones, 3), placement.params(np.ones(3, np.float32))):
+        np.testing.assert_array_equal(update(update(begin)), 4 * np.ones(3))
+    assert update._cache_size() == 1
 
 
 def test_a_batch_is_shared_by_the_axes_that_divide_it():

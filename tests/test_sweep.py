@@ -212,3 +212,20 @@ def test_a_row_collects_for_itself_if_it_changes_the_collection(swept, tmp_path)
     assert by_name["own"].stages == ("collect", "transfer", "evaluate")
     assert by_name["shared"].stages == ("transfer", "evaluate")
     assert records.read(tmp_path / "rows" / "own" / "seed0") is None
+
+
+def test_rows_of_a_distillation_share_the_teacher_and_are_told_what_cannot_be(tmp_path):
+    from configs.ablations import four_steps
+
+    own = four_steps.get_config()
+    rows = sweep.planned(own, tmp_path)
+    assert {row.stages for row in rows} == {("distill", "evaluate")}
+    assert len({row.config.evaluate.shared for row in rows}) == 1
+    own.distill.log_every = 7
+    with pytest.raises(UserError, match=r"row half_linear_dmd2: distill\.log_every is 7"):
+        sweep.run(own, tmp_path)
+    assert not any(tmp_path.iterdir())
+    lines = [{"step": s, "seconds_per_step": 0.1, "fake_gradient_norm": 1.0} for s in (10, 20)]
+    found = records.times(lines)
+    assert found["updates_per_second"] == {"distill": 10.0}
+    assert found["training_seconds"] == pytest.approx(2.0)

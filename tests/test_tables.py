@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from linvideo_jax import loop
 from linvideo_jax.report import chosen, tables
 
 ROOT = Path(__file__).parents[1]
@@ -128,3 +129,25 @@ def test_readmes_tables_are_those_of_docs_results():
         text = (ROOT / name).read_text()
         made = program.PLACE.sub(lambda f: program.filled(f, ROOT / "docs" / "results"), text)
         assert made == text, f"python benchmarks/tables.py makes another {name}"
+
+
+def test_models_of_a_plain_run_join_a_sweep(tmp_path):
+    """Without the teacher, whom the sweep has, and a word on seeds, of which it has none."""
+    swept, plain = tmp_path / "swept", tmp_path / "plain"
+    loop.write_json(swept / "table.json", table(few=[run("few", 0, 0.5)], begun=[]))
+    entry = {"agreement": {"all": {"rate": 0.25}}, "linear_layers": []}
+    metrics = {
+        "made": {"config": {"seed": 0}, "command": "c", "device": "d", "jax": "1", "time": "t"},
+        "contenders": {"teacher": entry, "cut": entry},
+        "students": {},
+    }
+    loop.write_json(plain / "evaluate" / "metrics.json", metrics)
+    for workdir in (swept, plain, plain, swept):
+        program.bring(workdir, tmp_path / "results", "four")
+    text = tables.view(loop.read_json(tmp_path / "results" / "four.json"))
+    assert text.splitlines()[2:6] == [
+        "| teacher | 90.0 |",
+        "| few (1 of 2 seeds not run) | 50.0 |",
+        "| begun (not run) |  |",
+        "| cut | 25.0 |",
+    ]

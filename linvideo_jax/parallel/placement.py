@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -58,21 +57,29 @@ class Placement:
     def params(self, tree: Any) -> Any:
         """Parameters, or a state, laid out by the table; every host gives the same values."""
         if self.layout is None:
-            return jax.tree.map(jnp.asarray, tree)
+            return self._committed(tree)
         return rules.place(tree, self.mesh)
 
     def make(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(*arguments)`, a tree of arrays that are made where they lie by the table."""
         if self.layout is None:
-            return function(*arguments)
+            return self._committed(function(*arguments))
         shardings = rules.shardings(jax.eval_shape(function, *arguments), self.mesh)
         return jax.jit(function, out_shardings=shardings)(*arguments)
 
     def everywhere(self, tree: Any) -> Any:
         """Arrays that every device has whole; every host gives the same values."""
         if self.layout is None:
-            return jax.tree.map(jnp.asarray, tree)
+            return self._committed(tree)
         return jax.tree.map(lambda leaf: rules.put(leaf, meshes.replicated(self.mesh)), tree)
+
+    def _committed(self, tree: Any) -> Any:
+        """On the single device, bound to it.
+
+        A program that uses the host's memory (remat "offload") gives back bound arrays, and would
+        be compiled a second time for them.
+        """
+        return jax.device_put(tree, self.mesh.devices.item())
 
     def rows(self, batch_size: int, parts: int = 1) -> Int[np.ndarray, " rows"]:
         """Which rows of a batch this host gives to `batch`, in ascending order.

@@ -11,6 +11,7 @@ from linvideo_jax.evaluation import STUDENT, TEACHER
 from linvideo_jax.transfer.recipe import passes, velocity_of
 
 FILE = "row.json"
+TRAINING = ("transfer", "distill")  # stages that make a row's student
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -22,13 +23,15 @@ def read(folder: Path) -> dict[str, Any] | None:
 def trained(config, folder: Path) -> dict[str, Any]:
     """Of a finished training: forwards, times, final losses, the selection, and the profile."""
     record: dict[str, Any] = {"device": jax.devices()[0].device_kind}
-    log = loop.read_metrics(Path(folder) / "state" / "transfer")
-    if log:
-        stored = config.collect.store_velocity
-        counted = passes(config.transfer, velocity_of(config.transfer, stored))
-        record["forwards"] = {**counted._asdict(), "total": counted.total}
-        record |= times(log)
-        record["losses"] = last(log)
+    for stage in TRAINING:
+        log = loop.read_metrics(Path(folder) / "state" / stage)
+        if log:
+            record |= times(log)
+            record["losses"] = last(log)
+        if log and stage == "transfer":
+            stored = config.collect.store_velocity
+            counted = passes(config.transfer, velocity_of(config.transfer, stored))
+            record["forwards"] = {**counted._asdict(), "total": counted.total}
     for name in ("selection", "profile"):
         path = Path(folder) / f"{name}.json"
         path = path if path.exists() else Path(folder) / name / f"{name}.json"
@@ -38,11 +41,12 @@ def trained(config, folder: Path) -> dict[str, Any]:
 
 
 def times(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """updates_per_second while maps are fitted, layers are mixed, and none is; and training_seconds
-    of all updates, both by the median of the log's lines, so that no compilation counts.
+    """updates_per_second while maps are fitted, layers are mixed, and none is, or of the
+    distillation; and training_seconds of all updates, both by the median of the log's lines, so
+    that no compilation counts.
     """
     rates, seconds = {}, 0.0
-    for name in ("warmup", "mixed", "rounded"):
+    for name in ("warmup", "mixed", "rounded", "distill"):
         steps = [line["seconds_per_step"] for line in log if _part(line) == name]
         if steps:
             rates[name] = 1 / float(np.median(steps))
@@ -51,6 +55,8 @@ def times(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _part(line: dict[str, Any]) -> str:
+    if "fake_gradient_norm" in line:
+        return "distill"
     if "mixed_layers" not in line:
         return "warmup"
     return "mixed" if line["mixed_layers"] else "rounded"

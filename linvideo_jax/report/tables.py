@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from linvideo_jax import loop
+from linvideo_jax.evaluation import TEACHER
 from linvideo_jax.folders import replacing
 from linvideo_jax.provenance import made_here
 from linvideo_jax.report import rows as records
@@ -19,6 +20,8 @@ COLUMNS = (
     (("figures", "right.all"), "all right, %", 100, ".1f"),
     (("figures", "right.digit"), "digit, %", 100, ".1f"),
     (("figures", "frechet"), "Frechet", 1, ".2f"),
+    (("figures", "diversity"), "diversity, % of the teacher's", 100, ".1f"),
+    (("figures", "motion.dynamic_degree"), "dynamic degree, %", 100, ".1f"),
     (("figures", "motion.shape_correlation"), "shape correlation", 1, ".3f"),
     (("figures", "motion.path_deviation"), "path deviation, px", 1, ".2f"),
     (("figures", "distance_video"), "distance to the teacher, pixels", 1, ".3f"),
@@ -29,6 +32,7 @@ COLUMNS = (
     (("forwards", "total"), "forwards an update", 1, ".0f"),
     (("updates_per_second", "mixed"), "updates a second, mixed", 1, ".1f"),
     (("updates_per_second", "rounded"), "rounded", 1, ".1f"),
+    (("updates_per_second", "distill"), "updates a second", 1, ".1f"),
 )
 
 
@@ -81,7 +85,7 @@ def finished(table: Table, before: Table | None = None) -> Table:
     """The table's finished and diverged rows for docs/results, and those of `before` it lacks."""
     rows = {} if before is None else dict(before["rows"])
     for name, row in table["rows"].items():
-        done = [run for run in row["runs"] if run["status"] in ("trained", "diverged")]
+        done = [run for run in row["runs"] if run["status"] != "begun"]
         seeds = {run["seed"] for run in done}
         kept = [run for run in rows.get(name, {}).get("runs", []) if run["seed"] not in seeds]
         runs = sorted([*done, *kept], key=lambda run: run["seed"])
@@ -94,12 +98,24 @@ def of_run(metrics: dict[str, Any]) -> Table:
     made = {key: value for key, value in metrics["made"].items() if key != "config"}
     rows = {}
     for name, entry in metrics["contenders"].items():
-        run = {"name": name, "seed": metrics["made"]["config"]["seed"], "status": "trained"}
+        run = {"name": name, "seed": metrics["made"]["config"]["seed"], "status": "measured"}
         run |= {"figures": records.figures(entry), "linear_layers": entry["linear_layers"]}
+        run["made"] = made
         rows[name] = {"changes": {}, "runs": [run]}
     shares = {name: student["gap_closed"] for name, student in metrics["students"].items()}
     return {"made": made, "seeds": [metrics["made"]["config"]["seed"]], "rows": rows,
             "gap_closed": shares}  # fmt: skip
+
+
+def has_training(table: Table) -> bool:
+    """Whether it is a sweep's, and not of a plain run alone."""
+    return any(run["status"] != "measured" for row in table["rows"].values() for run in row["runs"])
+
+
+def joined(sweep: Table, run: Table) -> Table:
+    """A sweep's table, and behind it the models of a plain run, all but the teacher."""
+    models = {name: row for name, row in run["rows"].items() if name != TEACHER}
+    return sweep | {"rows": sweep["rows"] | models}
 
 
 def view(table: Table, which: str = "") -> str:
@@ -174,7 +190,12 @@ def _cell(runs: list[dict[str, Any]], column) -> str:
 
 
 def _note(runs: list[dict[str, Any]], seeds: list[int]) -> str:
-    """What of a row is not as it should be: not run, begun, diverged, or fewer seeds."""
+    """What of a row is not as it should be: not run, begun, diverged, or fewer seeds.
+
+    A row of a plain run ("measured") has no seeds of training.
+    """
+    if any(run["status"] == "measured" for run in runs):
+        return ""
     done = [run for run in runs if run["status"] == "trained"]
     notes = [
         f"seed {run['seed']} diverged at step {run['diverged_at']}"

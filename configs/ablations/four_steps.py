@@ -1,0 +1,28 @@
+"""Four steps (DMD2) from a half-linear, a dense, and in one stage from the dense model.
+
+python train.py --config=configs/ablations/four_steps.py --workdir=runs/ablations/four_steps
+
+The paper distils after the transfer: both at once collapses. What was not distilled, and the
+shipped model, are measured by configs/digits_dmd2_table.py. A row took an H200 that three shared a
+minute of training (docs/results.md).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits_dmd2
+
+
+def get_config() -> ConfigDict:
+    config = digits_dmd2.get_config()
+    dense = {"checkpoint": "assets/wan_digits"}
+    config.sweep = (
+        ("half_linear_dmd2", {}),
+        ("dense_dmd2", {**dense, "distill.require_selection": False}),
+        ("one_stage", {**dense, "distill.one_stage": True}),
+    )
+    config.sweep_seeds = (0, 1, 2)
+    config.evaluate.num_shown = 4
+    config.evaluate.own_before = False
+    # The teacher and what is not distilled; a distilled model is sampled as it is trained.
+    config.evaluate.sampling = ConfigDict({"num_inference_steps": 50})
+    return config
