@@ -2,12 +2,7 @@
 
 python train.py --config=configs/digits_dmd2.py --workdir=runs/dmd2/half_linear
 
-The other rows of the table, then the table itself (configs/digits_dmd2_table.py):
-
-python train.py --config=configs/digits_dmd2.py --workdir=runs/dmd2/dense \
-    --config.checkpoint=assets/wan_digits --config.distill.require_selection=False
-python train.py --config=configs/digits_dmd2.py --workdir=runs/dmd2/one_stage \
-    --config.checkpoint=assets/wan_digits --config.distill.one_stage=True
+configs/ablations/four_steps.py does it from three seeds, from the dense model, and in one stage.
 
 Values are those of Self-Forcing-Plus (self_forcing_14b_dmd.yaml), which distils Wan2.1 14B with all
 frames at once, where nothing else is said; "ours" are for a model this small.
