@@ -68,31 +68,34 @@ def run(config, workdir: Path) -> None:
     # Rows of a sweep that run side by side wait for what is shared, and find it made.
     alone = functools.partial(workdirs.held, shared, ".lock", wait=True)
     alone = alone if own.get("shared") else nullcontext
+
+    def judged(one: Contender, seed: int, place: Path, pixels: Callable | None) -> Columns:
+        """What the classifier reads in a contender's videos, once for all runs."""
+        made, teachers = videos[one.name, seed], videos[TEACHER, seed]
+        return evaluation.remembered(
+            place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
+            evaluation.fingerprint(made.fingerprint, teachers.fingerprint, judge.validation),
+            functools.partial(evaluation.measure, judge, said, made, teachers, pixels),
+        )
+
     for sample, seed in enumerate(own.seeds):
         pixels = None
-        for one in field:
+        for one in field:  # the teacher first
             with alone() if one.name == TEACHER else nullcontext():
                 place = shared if one.name == TEACHER else folder
                 given = (prompts, seed, settings_of[one.name], own.batch_size, place)
-                made = evaluation.sample(one, *given)
-                videos[one.name, seed] = made
-                if judge is None:
-                    columns[one.name, seed] = evaluation.compare(
-                        one.name, prompts, sample, made, videos[TEACHER, seed], decode, folder
-                    )
-                    continue
-                if own.reads == "pixels" and pixels is None:
+                videos[one.name, seed] = evaluation.sample(one, *given)
+                if judge and own.reads == "pixels" and one.name == TEACHER:
                     kept = shared / f"teacher-seed{seed}-pixels.safetensors"
-                    pixels = _decoder(decode, made, kept if own.get("shared") else None)
-                columns[one.name, seed] = evaluation.remembered(
-                    place / f"{file_stem(one.name)}-seed{seed}-read-{own.reads}.safetensors",
-                    evaluation.fingerprint(
-                        made.fingerprint, videos[TEACHER, seed].fingerprint, judge.validation
-                    ),
-                    functools.partial(
-                        evaluation.measure, judge, said, made, videos[TEACHER, seed], pixels
-                    ),
-                )
+                    kept = kept if own.get("shared") else None
+                    pixels = _decoder(decode, videos[one.name, seed], kept)
+                if judge:
+                    columns[one.name, seed] = judged(one, seed, place, pixels)
+                else:
+                    pair = videos[one.name, seed], videos[TEACHER, seed]
+                    columns[one.name, seed] = evaluation.compare(
+                        one.name, prompts, sample, *pair, decode, folder
+                    )
     real = None
     if judge and own.reads == "pixels":
         count = len(prompts) * len(own.seeds)
