@@ -119,8 +119,8 @@ def sample(argv: Sequence[str]) -> None:
         batch_size=values.batch_size or generate.default_batch_size(model, videos),
         vae_tiling=values.vae_tiling,
     )
-    videos = "1 video" if len(files) == 1 else f"{len(files)} videos"
-    print(f"{videos} in {out}, listed in {out / generate.MANIFEST}")
+    made = "1 video" if len(files) == 1 else f"{len(files)} videos"
+    print(f"{made} in {out}, listed in {out / generate.MANIFEST}")
 
 
 def main(argv: Sequence[str]) -> int:
