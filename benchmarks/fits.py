@@ -87,14 +87,14 @@ def transformer(models: registry.ModelSizes, height: int, width: int) -> int:
 
 
 def decoder(models: registry.ModelSizes, height: int, width: int) -> int:
-    """Bytes of decoding one latent frame with what the frames before left, and of the video."""
+    """Bytes of decoding one latent frame with what those before left, and of pixels that wait."""
     config = models.vae
     params = weights(vae.WanVAE, config, jnp.float32)
     latents = shape(1, 1, height // 8, width // 8, config.z_dim)
     step = partial(vae._pixels_step.__wrapped__, config, dtype=DTYPE)
     (_, past) = jax.eval_shape(partial(step, past=None), params, latents)
-    video = 2 * FRAMES * height * width * 3  # its pieces, and joined
-    return video + _bytes(lambda *inputs: step(*inputs), params, latents, past, donate_argnums=2)
+    waiting = vae.PIECES_AHEAD * config.scale_factor_temporal * height * width * 3
+    return waiting + _bytes(lambda *inputs: step(*inputs), params, latents, past, donate_argnums=2)
 
 
 def _bytes(function, *inputs, **options) -> int:

@@ -172,13 +172,13 @@ def vae_part(sizes: Scale, folder: Path) -> dict[str, Any]:
     # The least memory first: so its peak is read off exactly.
     for name, decode in (
         ("tiles", lambda: pixels(decode_tiles(vae, latents, *sizes.tile, sizes.dtype))),
-        ("whole", lambda: np.asarray(vae.decode_pixels(latents, sizes.dtype))),
+        ("whole", lambda: np.concatenate([*vae.decode_pixels(latents, sizes.dtype)], axis=1)),
     ):
         for when in ("first", "warm"):
             with stages(f"{name}, {when}"):
                 made[name] = decode()
     with stages("float32, first"):
-        made["float32"] = np.asarray(vae.decode_pixels(latents))
+        made["float32"] = np.concatenate([*vae.decode_pixels(latents)], axis=1)
     figures: dict[str, Any] = {"stages": stages.figures}
     made = {name: clip.astype(np.float32) for name, clip in made.items()}
     figures["tiles_largest_difference_of_255"] = float(np.abs(made["tiles"] - made["whole"]).max())

@@ -11,7 +11,7 @@ forward_1.3b, forward_14b   one forward of one video, all rows taking turns in e
                             diffusers for its rows
 steps_1.3b, steps_14b       consecutive steps of the sampling loop with guidance, and four without
 stages                      text encoder, VAE, and what moving weights to the GPU takes
-mp4                         writing the files; needs PyAV
+mp4                         writing the files, and decoding into them as sample.py does; needs PyAV
 scaling                     one forward against the number of tokens (--scaling)
 batch                       one to eight videos in a forward (--scaling)
 profile_1.3b, profile_14b   the slowest kernels, and named scopes
@@ -26,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -196,13 +197,11 @@ class Benchmark:
             {"text encoder": partial(measure.ready, encode, params)}, self.rounds
         )
         del params
-        config = self.sizes["1.3b"].models.vae
-        vae = module.bind(WanVAE, config, measure.random_params(WanVAE, config, jnp.float32))
         for size in sizes:
-            latents = jax.random.normal(jax.random.key(0), (1, *size.shape))
+            inputs = self._vae(size)
             for dtype in (jnp.float32, jnp.bfloat16):
                 name = f"VAE decode, {jnp.dtype(dtype)}, {size.name}"
-                runs[name] = partial(measure.ready, vae.decode_pixels, latents, dtype)
+                runs[name] = partial(_decode, *inputs, dtype)
         figures |= measure.interleaved(runs, max(1, self.rounds // 2))
         moves = {size.name: partial(_move, size.models.transformer, self.dtype) for size in sizes}
         for name, move in moves.items():
@@ -210,14 +209,20 @@ class Benchmark:
         return {"rows": figures}
 
     def mp4(self) -> dict[str, Any]:
-        """Writing a video's file, on the CPU."""
-        runs = {
-            f"mp4, {size.name}": partial(
-                _write, _moving_picture(size.frames, size.height, size.width)
-            )
-            for size in self.sizes.values()
-        }
+        """Writing a video's file, on the CPU, and writing it while the VAE decodes."""
+        runs = {}
+        for size in self.sizes.values():
+            clip = _moving_picture(size.frames, size.height, size.width)
+            runs[f"mp4, {size.name}"] = partial(_write, clip)
+            name = f"decode to mp4, {size.name}"
+            runs[name] = partial(_decode_to_mp4, *self._vae(size), self.dtype, clip)
         return {"rows": measure.interleaved(runs, 3)}
+
+    def _vae(self, size: Size) -> tuple[WanVAE, jax.Array]:
+        """With random weights, and one video's latents."""
+        config = size.models.vae
+        vae = module.bind(WanVAE, config, measure.random_params(WanVAE, config, jnp.float32))
+        return vae, jax.random.normal(jax.random.key(0), (1, *size.shape))
 
     def scaling(self) -> dict[str, Any]:
         """Videos of 17 to 1,281 frames at 480p: 8 thousand to 500 thousand tokens."""
@@ -347,6 +352,26 @@ def _write(clip: np.ndarray) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         video.write_mp4(Path(folder) / "clip.mp4", clip)
+
+
+def _decode(vae: WanVAE, latents: jax.Array, dtype) -> None:
+    """To pixels in the host's memory."""
+    for _ in vae.decode_pixels(latents, dtype):
+        pass
+
+
+def _decode_to_mp4(vae: WanVAE, latents: jax.Array, dtype, clip: np.ndarray) -> None:
+    """Random weights decode to noise, which is slow to encode: `clip` is written in its place."""
+    from linvideo_jax import video
+
+    def pieces() -> Iterator[np.ndarray]:
+        start = 0
+        for (decoded,) in vae.decode_pixels(latents, dtype):
+            yield clip[start : start + len(decoded)]
+            start += len(decoded)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as writer:
+        video.write_mp4_behind(writer, Path(folder) / "clip.mp4", pieces()).result()
 
 
 def _move(config, dtype) -> dict[str, Any]:

@@ -128,13 +128,14 @@ def _clips(
     groups: Mapping[Settings, Sequence[Request]],
     batch_size: int,
     vae_tiling: bool,
-) -> Iterator[tuple[str, UInt8[np.ndarray, "frames height width 3"]]]:
-    """(file name, pixels) of every request."""
+) -> Iterator[tuple[str, Iterator[UInt8[np.ndarray, "frames height width 3"]]]]:
+    """(file name, pixels in pieces) of every request; all pieces are taken before the next one."""
     for settings, group in groups.items():
         prompts, seeds = [r.prompt for r in group], [r.seed for r in group]
         for rows, latents in pipeline.batches(prompts, seeds, settings, batch_size):
             for row, one in zip(rows, np.asarray(latents), strict=True):
-                yield group[row].name, pipeline.decode(one[None], vae_tiling)[0]
+                pieces = pipeline.decode_pieces(one[None], vae_tiling)
+                yield group[row].name, (piece[0] for piece in pieces)
 
 
 def make_videos(
@@ -150,7 +151,8 @@ def make_videos(
 
     The manifest lists all videos before the first is made. A video's file appears when it is
     complete, so one that exists is finished and is not made again. All prompts are encoded first;
-    then videos of the same settings share batches. A file is written while the next video is made.
+    then videos of the same settings share batches. A file is written while its video is decoded and
+    the next one is made.
     """
     for each in {request.settings for request in requests}:
         pipeline.latent_shape(each)  # a wrong size is found before anything is written
@@ -174,11 +176,11 @@ def make_videos(
             ThreadPoolExecutor(1) as writer,
         ):
             writing = None
-            for name, clip in clips:
+            for name, pieces in clips:
                 if writing is not None:
                     writing.result()
                     progress.add(1)
-                writing = writer.submit(video.write_mp4, out / name, clip)
+                writing = video.write_mp4_behind(writer, out / name, pieces)
             if writing is not None:
                 writing.result()
                 progress.add(1)

@@ -397,6 +397,15 @@ class Pipeline:
         self, latents: Float[Array, "videos frames height width channels"], tiling: bool = False
     ) -> UInt8[np.ndarray, "videos frames height width 3"]:
         """Pixels of the transformer's latents; `tiling`: by tiles, in less memory (`vae_tiles`)."""
+        return np.concatenate(list(self.decode_pieces(latents, tiling)), axis=1)
+
+    def decode_pieces(
+        self, latents: Float[Array, "videos frames height width channels"], tiling: bool = False
+    ) -> Iterator[UInt8[np.ndarray, "videos frames height width 3"]]:
+        """`decode`, some frames at a time as they get ready; by tiles all frames at once.
+
+        The VAE is on the device until the last piece is taken.
+        """
         config = self.checkpoint.vae_config
         params = self._turns.params("vae")
         latents = denormalize(jnp.asarray(latents), config)
@@ -404,5 +413,6 @@ class Pipeline:
             latents, params = pictures.placed(latents, params, self._placement.mesh)
         vae = bind(WanVAE, config, params)
         if tiling:
-            return pixels(decode_tiles(vae, latents, dtype=self.dtype))
-        return np.asarray(vae.decode_pixels(latents, self.dtype))
+            yield pixels(decode_tiles(vae, latents, dtype=self.dtype))
+        else:
+            yield from vae.decode_pixels(latents, self.dtype)

@@ -1,41 +1,84 @@
 """Video files: mp4, animated gif and webp, strips of frames; each appears whole or not at all."""
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, Executor, Future
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 from PIL import Image
 
 from linvideo_jax.folders import replacing
 
 FPS = 16
-# Flat-coloured clips of 96 px: crf 8 to 20 give 30.1 to 29.5 dB on digit pixels (the rest is the
-# chroma subsampling of yuv420p) at 4.0 to 2.9 kB.
-_H264 = {"crf": "12", "preset": "slow", "tune": "animation"}
+# Beside crf 12 of preset slow: two clips of wan-digits take 26 kB (21), 36.36 dB (36.39; most
+# of the error is the chroma subsampling of yuv420p). 81 frames of 480 x 832 on one core: a moving
+# gradient takes 0.6 s (1.7) and 127 kB (119), 44.25 dB (44.27); moving texture with grain 1.3 s
+# (11.4) and 7.2 MB (7.2), 32.56 dB (32.90). Files of superfast are up to eight times as large.
+_H264 = {"crf": "10", "preset": "veryfast", "tune": "animation"}
 _BT709, _LIMITED_RANGE = 1, 1  # H.264's own numbers; players guess the matrix of untagged files
 
 
-def write_mp4(path: Path, video: UInt8[np.ndarray, "frames height width 3"], fps: int = FPS):
-    """H.264, yuv420p, BT.709, playable while it downloads; height and width even."""
-    height, width = video.shape[1:3]
+def write_mp4(path: Path, video: Iterable[UInt8[np.ndarray, "height width 3"]], fps: int = FPS):
+    """H.264, yuv420p, BT.709, playable while it downloads; height and width even.
+
+    `video`: an array of frames, or frames as they get ready.
+    """
     with (
         replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps), options=_H264)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        frames = iter(video)
+        first = next(frames)
+        (stream.height, stream.width), stream.pix_fmt = first.shape[:2], "yuv420p"
+        # PyAV's default is slices: with 15 of them that gradient takes 181 kB, with frames 139.
+        stream.thread_type = "FRAME"
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _LIMITED_RANGE
-        for pixels in video:
+        reformatter = VideoReformatter()  # a frame's own would start threads for every frame
+        for pixels in chain([first], frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE
+            frame = reformatter.reformat(
+                frame, format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def write_mp4_behind(
+    writer: Executor, path: Path, pieces: Iterable[UInt8[np.ndarray, "frames height width 3"]]
+) -> Future:
+    """`write_mp4` in the thread of `writer`, while `pieces` are made in this one.
+
+    Returns after the last piece; the file is there when the future is done. An error of either side
+    ends the other, and leaves no file.
+    """
+    handed: SimpleQueue = SimpleQueue()
+    try:
+        writing = writer.submit(write_mp4, path, _frames(handed))
+        for piece in pieces:
+            if writing.done():
+                writing.result()  # raises
+            handed.put(piece)
+        handed.put(None)
+    except BaseException:
+        handed.put(CancelledError())
+        raise
+    return writing
+
+
+def _frames(handed: SimpleQueue) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    while (piece := handed.get()) is not None:
+        if isinstance(piece, CancelledError):
+            raise piece
+        yield from piece
 
 
 def read_mp4(path: Path) -> UInt8[np.ndarray, "frames height width 3"]:

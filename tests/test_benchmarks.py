@@ -30,6 +30,7 @@ from benchmarks import (
 )
 from kernels.gpu import target
 from kernels.softmax_attention import softmax_attention, tokamax_configs, tokamax_mosaic
+from linvideo_jax import video
 from linvideo_jax.models import registry
 from linvideo_jax.models.wan import WanConfig
 
@@ -150,7 +151,7 @@ def test_wrong_input_is_one_sentence(run, tmp_path, monkeypatch, program, flags,
 def test_table_and_pictures(tmp_path, capsys):
     assert results(1.0)["parts"]["scaling"]["exponents"] == {"dense": pytest.approx(2)}
     row = {"seconds": 12.0, "steps": 6}
-    stages = {"text encoder": 0.5, "VAE decode, float32, 1.3B": 2}
+    stages = {"text encoder": 0.5, "VAE decode, bfloat16, 1.3B": 2}
     stages["weights to the device, 1.3B"] = 0.25
     rows = {name: {"seconds": seconds} for name, seconds in stages.items()}
     more = {
@@ -164,10 +165,21 @@ def test_table_and_pictures(tmp_path, capsys):
     assert "| 1.3B, 30 layers, 9 tokens: LinVideo | 500 ms | 500 ms to 9.00 s | 1 | 0.0 |" in out
     assert "| 1.3B: dense, 50 steps with guidance | 100.00 s | 104.00 s | 104.25 s |" in out
     assert "| 1.3B: dense, 4 steps | 12.00 s | 15.50 s | 15.75 s |" in out
+    more["mp4"]["rows"]["decode to mp4, 1.3B"] = {"seconds": 2.5}
+    assert latency_table.prompt_to_mp4(more)[1]["resident"] == 15.0
     assert "Not measured: forward_14b (no memory)." in out
     assert (tmp_path / "out.md").read_text() == out
     for name in ("out.svg", "out-scaling.svg"):
         assert (tmp_path / name).read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+
+
+def test_decoding_to_mp4_writes_the_clip_as_pieces_come(monkeypatch):
+    clip, written = latency._moving_picture(9, 32, 48), []
+    noise = [np.zeros((1, frames, 32, 48, 3), np.uint8) for frames in (1, 4, 4)]
+    decoder = SimpleNamespace(decode_pixels=lambda latents, dtype: iter(noise))
+    monkeypatch.setattr(video, "write_mp4", lambda path, frames: written.extend(frames))
+    latency._decode_to_mp4(decoder, None, None, clip)
+    np.testing.assert_array_equal(written, clip)
 
 
 def test_every_scope_of_the_transformer_is_found_in_its_program():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -121,7 +122,7 @@ def test_interrupted_says_how_to_resume_and_resumes(run, tmp_path, monkeypatch):
     again = clips(folder)
     assert again.keys() == whole.keys()
     for name, clip in whole.items():  # the encoder, unlike the latents, is not bit for bit
-        assert np.abs(again[name].astype(int) - clip).mean() < 1
+        assert np.abs(again[name].astype(int) - clip).mean() < 2
     made = next(name for name in first if name.endswith(".mp4"))
     assert second[made] == first[made], "the finished video is not made again"
 
@@ -179,7 +180,7 @@ def test_rows_of_a_jsonl_file_in_any_order(run, tmp_path):
     second = made(turned)
     assert second.keys() == first.keys()
     for name, clip in first.items():
-        assert np.abs(second[name].astype(int) - clip).mean() < 1
+        assert np.abs(second[name].astype(int) - clip).mean() < 2
 
 
 def test_tiles_and_wans_own_grid(run, tmp_path):
@@ -313,6 +314,36 @@ def test_a_full_disk_leaves_no_half_written_file(run, tmp_path, monkeypatch):
     code, _, err = run("--prompt=a red 3", prompts=None)
     assert code == 2 and "cannot be written: No space left on device" in err
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "cannot be written: No space left on device"),
+        (KeyboardInterrupt(), 130, "the same command makes the videos that are missing"),
+    ],
+)
+def test_an_end_while_frames_are_handed_over(run, tmp_path, monkeypatch, error, code, message):
+    """A disk that fills up stops the encoder in its thread, Ctrl-C the decoder in this one."""
+    decode = Pipeline.decode_pieces
+
+    class FullDisk:
+        def reformat(self, *args, **kwargs):
+            raise error
+
+    def interrupted(*args):
+        yield next(decode(*args))
+        raise error
+
+    if code == 2:
+        monkeypatch.setattr(video, "VideoReformatter", FullDisk)
+    else:
+        monkeypatch.setattr(Pipeline, "decode_pieces", interrupted)
+    threads = threading.active_count()
+    ended, _, err = run("--prompt=a red 3", prompts=None)
+    assert ended == code and message in err and "Traceback" not in err
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["manifest.json"]
+    assert threading.active_count() == threads
 
 
 def test_a_video_depends_on_its_own_seed_alone(pipeline):

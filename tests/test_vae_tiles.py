@@ -1,12 +1,13 @@
-"""Decoding by tiles against decoding whole."""
+"""Decoding by tiles, and by pieces in time, against decoding whole."""
 
 import itertools
 
 import numpy as np
 import pytest
 
+from linvideo_jax.models import vae as vae_module
 from linvideo_jax.models.module import bind, init
-from linvideo_jax.models.vae import VAEConfig, WanVAE
+from linvideo_jax.models.vae import VAEConfig, WanVAE, pixels
 from linvideo_jax.models.vae_tiles import decode_tiles, tile_starts
 
 TINY = VAEConfig(
@@ -25,9 +26,22 @@ def vae():
     return bind(WanVAE, TINY, init(WanVAE, TINY))
 
 
-def latents(height, width):
+def latents(height, width, frames=2):
     rng = np.random.default_rng(0)
-    return rng.normal(size=(1, 2, height, width, 4)).astype(np.float32)
+    return rng.normal(size=(1, frames, height, width, 4)).astype(np.float32)
+
+
+def test_pieces_are_the_whole_and_come_before_the_last_is_decoded(vae, monkeypatch):
+    x, begun, step = latents(5, 7, frames=6), [], vae_module._pixels_step
+    monkeypatch.setattr(
+        vae_module, "_pixels_step", lambda *inputs: begun.append(inputs) or step(*inputs)
+    )
+    pieces = vae.decode_pixels(x)
+    first = next(pieces)
+    assert len(begun) == 3, "the piece, and two that the device decodes while it is used"
+    made = [first, *pieces]
+    assert [type(piece) for piece in made] == [np.ndarray] * 6 and len(begun) == 6
+    np.testing.assert_array_equal(np.concatenate(made, axis=1), pixels(vae.decode_chunks(x)))
 
 
 def test_tiles_cover_and_overlap():

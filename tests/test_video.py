@@ -1,5 +1,9 @@
 """Files that videos are written to, and read back from."""
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import av
 import numpy as np
 import pytest
@@ -38,6 +42,42 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
         video.write_mp4(tmp_path / "a.mp4", flat_clip()[..., :2])
     assert (tmp_path / "a.mp4").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_frames_are_written_while_later_ones_are_made(tmp_path, monkeypatch):
+    clip, encoded, reached = flat_clip(), [], threading.Event()
+
+    class Watched:
+        def reformat(self, frame, **options):
+            encoded.append(frame.to_ndarray())
+            reached.set()
+            return frame.reformat(**options)
+
+    def pieces():
+        yield clip[:1]
+        yield clip[1:5]
+        assert reached.wait(60)
+        yield clip[5:]
+
+    monkeypatch.setattr(video, "VideoReformatter", Watched)
+    with ThreadPoolExecutor(1) as writer:
+        video.write_mp4_behind(writer, tmp_path / "a.mp4", pieces()).result()
+    np.testing.assert_array_equal(encoded, clip)
+    assert video.read_mp4(tmp_path / "a.mp4").shape == clip.shape
+
+
+def test_an_error_of_either_side_ends_both(tmp_path):
+    def interrupted():
+        yield flat_clip()
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as writer:
+        with pytest.raises(KeyboardInterrupt):
+            video.write_mp4_behind(writer, tmp_path / "a.mp4", interrupted())
+        with pytest.raises(FileNotFoundError):
+            endless = itertools.repeat(flat_clip())
+            video.write_mp4_behind(writer, tmp_path / "none" / "a.mp4", endless)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])

@@ -6,13 +6,15 @@ bounded memory, a few frames at a time. Parameter names are diffusers' with `wei
 `gamma` as `scale`.
 """
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
@@ -42,6 +44,9 @@ _FIXED = {
     "out_channels": 3,
     "patch_size": None,
 }
+
+# While one is copied and used, as many are decoded; they follow each other without a gap.
+PIECES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -241,10 +246,12 @@ class WanVAE(nnx.Module):
         self,
         latents: Float[Array, "batch frames height width z_dim"],
         dtype: DTypeLike = jnp.float32,
-    ) -> UInt8[Array, "batch frames height width 3"]:
-        """`decode_chunks` as pixels, which take a quarter of the memory of what they round."""
-        (video,) = by_pieces(_pixels_step, self, latents, 1, dtype)
-        return video
+    ) -> Iterator[UInt8[np.ndarray, "batch frames height width 3"]]:
+        """`decode_chunks` as pixels in the host's memory: 1 frame and then 4 at a time.
+
+        The device decodes the next pieces while one is used.
+        """
+        return _to_host(video for (video,) in _pieces(_pixels_step, self, latents, 1, dtype))
 
     @jax.named_scope("vae_encode")
     def encode_piece(self, video: Video, history: History, dtype: DTypeLike) -> tuple[Video, Video]:
@@ -287,14 +294,28 @@ def pixels(video: Video) -> UInt8[Array, "batch frames height width 3"]:
 
 def by_pieces(step: Callable, vae: WanVAE, x: Video, size: int, dtype: DTypeLike):
     """`step` over the first frame and then `size` frames at a time; its results joined in time."""
+    results = _pieces(step, vae, x, size, dtype)
+    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*results, strict=True))
+
+
+def _pieces(step: Callable, vae: WanVAE, x: Video, size: int, dtype: DTypeLike) -> Iterator[tuple]:
     params: Params = nnx.to_pure_dict(nnx.state(vae))
     past: list[Frames] | None = None
-    results = []
     for start in range(1 - size, x.shape[1], size):
         piece = x[:, max(start, 0) : start + size]
         result, past = step(vae.config, params, piece, past, jnp.dtype(dtype))
-        results.append(result)
-    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*results, strict=True))
+        yield result
+
+
+def _to_host(arrays: Iterable[Array]) -> Iterator[np.ndarray]:
+    """The arrays in the host's memory; the next ones are asked for before one is waited for."""
+    asked: deque[Array] = deque()
+    for array in arrays:
+        array.copy_to_host_async()
+        asked.append(array)
+        if len(asked) > PIECES_AHEAD:
+            yield np.asarray(asked.popleft())
+    yield from map(np.asarray, asked)
 
 
 def check_video(shape: tuple[int, ...], config: VAEConfig) -> None:
