@@ -58,8 +58,9 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     parts, where = _measured(results), results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     lines = [f"{where['device']}; {versions}.", ""]
-    if where["xla_flags"]:
-        lines += [f"XLA_FLAGS {where['xla_flags']}", ""]
+    for part, figures in parts.items():
+        if flags := figures.get("xla_flags"):
+            lines += [f"{part}: XLA_FLAGS {flags}", ""]
     forwards = [part for key, part in parts.items() if key.startswith("forward_")]
     if forwards:
         lines += ["| one forward, batch 1 | median | lowest to highest | TFLOP/s | memory, GiB |"]

@@ -84,8 +84,9 @@ class Results:
         return self._all["parts"]
 
     def add(self, part: str, figures: Mapping[str, Any]) -> None:
-        """Enters a part and writes the file."""
-        self._all["parts"][part] = dict(figures)
+        """Enters a part, with the flags of XLA that it ran under, and writes the file."""
+        flags = os.environ.get("XLA_FLAGS")
+        self._all["parts"][part] = dict(figures) | ({"xla_flags": flags} if flags else {})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         loop.write_json(self._path, self._all)
 

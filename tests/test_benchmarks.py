@@ -103,6 +103,16 @@ def results(seconds, device="cpu", **parts):
     return {"environment": where, "small": False, "parts": parts}
 
 
+def test_a_part_is_kept_with_its_flags(tmp_path, monkeypatch):
+    """The table names them beside that part, not for all."""
+    for part, flags in (("forward_1.3b", ""), ("forward_14b", "--xla_x=")):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        figures = results(1.0)["parts"]["forward_1.3b"] | {"rows": {}}
+        measure.Results(tmp_path / "a.json", False).add(part, figures)
+    lines = latency_table.markdown(measure.read(tmp_path / "a.json"))
+    assert [line for line in lines if "XLA_FLAGS" in line] == ["forward_14b: XLA_FLAGS --xla_x="]
+
+
 def test_check_compares_results_of_one_device(run, tmp_path):
     def write(name, content):
         (tmp_path / name).write_text(json.dumps(content))
