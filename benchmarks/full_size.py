@@ -169,16 +169,20 @@ def vae_part(sizes: Scale, folder: Path) -> dict[str, Any]:
     shape = pipeline.latent_shape(sizes.model.transformer, config, height, width, frames)
     latents = jax.random.normal(jax.random.key(0), (1, *shape))
     made = {}
+
+    def whole(dtype) -> np.ndarray:
+        return np.concatenate(list(vae.decode_pixels(latents, dtype)), axis=1)
+
     # The least memory first: so its peak is read off exactly.
     for name, decode in (
         ("tiles", lambda: pixels(decode_tiles(vae, latents, *sizes.tile, sizes.dtype))),
-        ("whole", lambda: np.concatenate([*vae.decode_pixels(latents, sizes.dtype)], axis=1)),
+        ("whole", lambda: whole(sizes.dtype)),
     ):
         for when in ("first", "warm"):
             with stages(f"{name}, {when}"):
                 made[name] = decode()
     with stages("float32, first"):
-        made["float32"] = np.concatenate([*vae.decode_pixels(latents)], axis=1)
+        made["float32"] = whole(jnp.float32)
     figures: dict[str, Any] = {"stages": stages.figures}
     made = {name: clip.astype(np.float32) for name, clip in made.items()}
     figures["tiles_largest_difference_of_255"] = float(np.abs(made["tiles"] - made["whole"]).max())

@@ -90,6 +90,10 @@ class Size(NamedTuple):
         """Of one video."""
         return flops.video_tokens(self.models.transformer, self.shape)
 
+    def latents(self) -> jax.Array:
+        """Of one video, random."""
+        return jax.random.normal(jax.random.key(0), (1, *self.shape))
+
     def about(self) -> dict[str, Any]:
         """What figures of it are of."""
         blocks = self.models.transformer.num_layers
@@ -197,8 +201,9 @@ class Benchmark:
             {"text encoder": partial(measure.ready, encode, params)}, self.rounds
         )
         del params
+        vae = self._vae()
         for size in sizes:
-            inputs = self._vae(size)
+            inputs = vae, size.latents()
             for dtype in (jnp.float32, jnp.bfloat16):
                 name = f"VAE decode, {jnp.dtype(dtype)}, {size.name}"
                 runs[name] = partial(_decode, *inputs, dtype)
@@ -210,19 +215,18 @@ class Benchmark:
 
     def mp4(self) -> dict[str, Any]:
         """Writing a video's file, on the CPU, and writing it while the VAE decodes."""
-        runs = {}
+        runs, vae = {}, self._vae()
         for size in self.sizes.values():
             clip = _moving_picture(size.frames, size.height, size.width)
             runs[f"mp4, {size.name}"] = partial(_write, clip)
             name = f"decode to mp4, {size.name}"
-            runs[name] = partial(_decode_to_mp4, *self._vae(size), self.dtype, clip)
+            runs[name] = partial(_decode_to_mp4, vae, size.latents(), self.dtype, clip)
         return {"rows": measure.interleaved(runs, 3)}
 
-    def _vae(self, size: Size) -> tuple[WanVAE, jax.Array]:
-        """With random weights, and one video's latents."""
-        config = size.models.vae
-        vae = module.bind(WanVAE, config, measure.random_params(WanVAE, config, jnp.float32))
-        return vae, jax.random.normal(jax.random.key(0), (1, *size.shape))
+    def _vae(self) -> WanVAE:
+        """The one of all sizes, with random weights."""
+        config = self.sizes["1.3b"].models.vae
+        return module.bind(WanVAE, config, measure.random_params(WanVAE, config, jnp.float32))
 
     def scaling(self) -> dict[str, Any]:
         """Videos of 17 to 1,281 frames at 480p: 8 thousand to 500 thousand tokens."""

@@ -96,6 +96,13 @@ def test_videos_and_manifest(run, tmp_path, tiny_pipeline):
     }
 
 
+@pytest.fixture
+def nearly_lossless(monkeypatch):
+    """x264 does not make the same file twice, which noise videos show most."""
+    monkeypatch.setitem(video._H264, "crf", "1")
+
+
+@pytest.mark.usefixtures("nearly_lossless")
 def test_interrupted_says_how_to_resume_and_resumes(run, tmp_path, monkeypatch):
     assert run("--batch_size=2")[0] == 0
     folder = tmp_path / "videos"
@@ -122,7 +129,7 @@ def test_interrupted_says_how_to_resume_and_resumes(run, tmp_path, monkeypatch):
     again = clips(folder)
     assert again.keys() == whole.keys()
     for name, clip in whole.items():  # the encoder, unlike the latents, is not bit for bit
-        assert np.abs(again[name].astype(int) - clip).mean() < 2
+        assert np.abs(again[name].astype(int) - clip).mean() < 1
     made = next(name for name in first if name.endswith(".mp4"))
     assert second[made] == first[made], "the finished video is not made again"
 
@@ -143,6 +150,7 @@ def test_more_prompts_join_the_folder_and_other_settings_do_not(run, tmp_path):
     assert after[name] == before[name]
 
 
+@pytest.mark.usefixtures("nearly_lossless")
 def test_rows_of_a_jsonl_file_in_any_order(run, tmp_path):
     """Sizes, seeds and guidance of their own; two samples each, under VBench's names."""
     rows = [
@@ -180,7 +188,7 @@ def test_rows_of_a_jsonl_file_in_any_order(run, tmp_path):
     second = made(turned)
     assert second.keys() == first.keys()
     for name, clip in first.items():
-        assert np.abs(second[name].astype(int) - clip).mean() < 2
+        assert np.abs(second[name].astype(int) - clip).mean() < 1
 
 
 def test_tiles_and_wans_own_grid(run, tmp_path):

@@ -139,6 +139,13 @@ def test_shipped_students_have_half_of_the_layers_linear(name):
     assert len(student.linear_layers) == student.wan_config.num_layers // 2
 
 
+@pytest.mark.parametrize("name", ["wan_digits_linear", "wan_digits_four_step"])
+def test_shipped_processors_are_the_converters(name):
+    """Each folder has its own, so that it can be copied alone."""
+    ours = (ASSETS.parent / "convert" / "linvideo_processor.py").read_text()
+    assert (ASSETS / name / "linvideo_processor.py").read_text() == ours
+
+
 def test_four_steps_show_what_the_prompts_say():
     """As its config.json says, without a flag; 6 of 8, where docs/results.md has nine tenths."""
     model = checkpoints.load(ASSETS / "wan_digits_four_step")

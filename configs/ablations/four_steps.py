@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     config.sweep_seeds = (0, 1, 2)
     config.evaluate.num_shown = 4
     config.evaluate.own_before = False
-    # The teacher and what is not distilled; a distilled model is sampled as it is trained.
+    # The teacher's; a distilled model is sampled as it is trained.
     config.evaluate.sampling = ConfigDict({"num_inference_steps": 50})
     return config

@@ -25,10 +25,10 @@ def trained(config, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     for stage in TRAINING:
         log = loop.read_metrics(Path(folder) / "state" / stage)
-        if log:
-            record |= times(log)
-            record["losses"] = last(log)
-        if log and stage == "transfer":
+        if not log:
+            continue
+        record |= times(log) | {"losses": last(log)}
+        if stage == "transfer":
             stored = config.collect.store_velocity
             counted = passes(config.transfer, velocity_of(config.transfer, stored))
             record["forwards"] = {**counted._asdict(), "total": counted.total}
