@@ -151,8 +151,11 @@ class Benchmark:
                 runs[row] = other.forward(size.shape, backend)
         return size.about() | {"rows": self._measured(runs, self.rounds)}
 
-    def _measured(self, runs: dict[str, contenders.Run], rounds: int) -> dict[str, Any]:
-        rows = measure.interleaved({name: run.run for name, run in runs.items()}, rounds)
+    def _measured(
+        self, runs: dict[str, contenders.Run], rounds: int, warm_up: bool = True
+    ) -> dict[str, Any]:
+        timed = {name: run.run for name, run in runs.items()}
+        rows = measure.interleaved(timed, rounds, warm_up)
         for name, run in runs.items():
             rows[name] |= {
                 "peak_bytes": run.peak_bytes(),
@@ -239,15 +242,17 @@ class Benchmark:
             for row, layers in longer.rows().items():
                 point = {"row": row, "frames": frames, "tokens": longer.tokens}
                 rounds = 1 if frames > 200 else self.rounds
-                point |= self._alone(partial(ours.forward, longer.shape, layers), row, rounds)
+                forward = partial(ours.forward, longer.shape, layers)
+                # Far over a second each: the first run is as good as any.
+                point |= self._alone(forward, row, rounds, warm_up=frames <= 600)
                 points.append(point)
                 print(point, flush=True)
         return {"points": points, "exponents": latency_table.exponents(points)}
 
-    def _alone(self, forward, row: str, rounds: int) -> dict[str, Any]:
+    def _alone(self, forward, row: str, rounds: int, warm_up: bool = True) -> dict[str, Any]:
         """Figures of one run, or its error where memory ends."""
         try:
-            return self._measured({row: forward()}, rounds)[row]
+            return self._measured({row: forward()}, rounds, warm_up)[row]
         except jax.errors.JaxRuntimeError as error:
             return {"error": str(error).splitlines()[0]}
 
