@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         ("mse_4500_rate_3e-3", {**mse, "transfer.num_steps": 4500, "transfer.learning_rate": 3e-3}),
         ("mse_guided", {**mse, "transfer.velocities": "guided"}),
         ("adm_normalised", normalised),
-        ("adm_normalised_beta_0.2", {**normalised, "transfer.beta": 0.2}),
+        ("adm_normalised_beta_fifth", {**normalised, "transfer.beta": 0.2}),
         ("adm_normalised_rate_3e-3", {**normalised, "transfer.learning_rate": 3e-3}),
         ("adm_normalised_negative_third", {**normalised, "transfer.negative_fraction": 0.33}),
         ("own_next", own),
