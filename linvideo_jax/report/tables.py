@@ -82,7 +82,10 @@ def markdown(table: Table, columns: Sequence[Any] = COLUMNS) -> str:
 
 
 def finished(table: Table, before: Table | None = None) -> Table:
-    """The table's finished and diverged rows for docs/results, and those of `before` it lacks."""
+    """The table's finished and diverged rows for docs/results, and those of `before` it lacks.
+
+    Its seeds are those of all rows, which may come from several commands.
+    """
     rows = {} if before is None else dict(before["rows"])
     for name, row in table["rows"].items():
         done = [run for run in row["runs"] if run["status"] != "begun"]
@@ -90,7 +93,8 @@ def finished(table: Table, before: Table | None = None) -> Table:
         kept = [run for run in rows.get(name, {}).get("runs", []) if run["seed"] not in seeds]
         runs = sorted([*done, *kept], key=lambda run: run["seed"])
         rows[name] = {"changes": row["changes"], "runs": runs}
-    return table | {"rows": rows}
+    measured = {run["seed"] for row in rows.values() for run in row["runs"]}
+    return table | {"rows": rows, "seeds": sorted(measured.union(table["seeds"]))}
 
 
 def of_run(metrics: dict[str, Any]) -> Table:
