@@ -1,5 +1,6 @@
 """Configuration files of train.py, and their fields on the command line."""
 
+import ast
 import difflib
 import importlib.util
 import re
@@ -14,6 +15,7 @@ from linvideo_jax.errors import UserError
 from linvideo_jax.parts import DTYPES
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
+_WORDS = re.compile(r"[\w.+-]+(, *[\w.+-]+)*")
 _ILLEGAL = re.compile(r"flag --config\.([^=]*)=(.*?): ", re.DOTALL)
 
 
@@ -53,7 +55,8 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     known = [name for name, _ in _fields(config)]
     for match in map(_OVERRIDE.match, overrides):
         _check_known(match[1], known)
-    default, argv = config.copy_and_resolve_references(), ["", *overrides]
+    default = config.copy_and_resolve_references()
+    argv = ["", *(_with_tuple(word, default) for word in overrides)]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -107,6 +110,17 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + key, config[key]
         if isinstance(config[key], ConfigDict):
             yield from _fields(config[key], f"{prefix}{key}.")
+
+
+def _with_tuple(word: str, config: ConfigDict) -> str:
+    """The override as it is, but a tuple's words without quotes, a,b.c, as ('a', 'b.c')."""
+    field, value = _OVERRIDE.match(word)[1], word.partition("=")[2]
+    if isinstance(_get(config, field), tuple) and _WORDS.fullmatch(value):
+        try:
+            ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            return f"--config.{field}={tuple(re.split(', *', value))!r}"
+    return word
 
 
 def _get(config: ConfigDict, name: str) -> Any:

@@ -116,7 +116,7 @@ def planned(config, workdir: Path) -> list[Row]:
                 f"the sweep's row {name!r} cannot be a folder, or is there twice: name rows by "
                 "letters, digits, underscores, hyphens and dots, each once."
             )
-    picked = [name for words in config.sweep_rows for name in words.split(",")]
+    picked = config.sweep_rows
     if unknown := [name for name in picked if name not in names]:
         raise UserError(f"sweep_rows names {unknown[0]}: the rows are {', '.join(names)}.")
     rows = []

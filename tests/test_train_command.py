@@ -66,6 +66,19 @@ def test_fields_are_set_on_the_command_line(run, tmp_path):
         config.transfer.taget = 3
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("collect,transfer", ("collect", "transfer")),
+        ("collect", ("collect",)),
+        ("rate_0.1, rate_1e-3", ("rate_0.1", "rate_1e-3")),  # names of rows, some no Python words
+    ],
+)
+def test_words_of_a_tuple_need_no_quotes(run, value, words):
+    assert run(f"--config.stages={value}") == (0, "", "")
+    assert run.calls[0][0].stages == words
+
+
 def test_help_lists_the_flags(run):
     code, out, _ = run("--help", config=None, workdir=None)
     assert code == 0 and "--workdir" in out and "python train.py" in out and run.calls == []
