@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     transfer.batch_size = 8
     transfer.warmup_steps = 30
     transfer.round_at = 60
+    transfer.rewind = True
     transfer.r_learning_rate = 1.0
     transfer.lr_warmup_steps = 5
     transfer.save_every = 20

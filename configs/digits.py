@@ -64,6 +64,8 @@ def get_config() -> ConfigDict:
     # At round_at: the `target` smallest scores ("target"), or for the ablation all below 1/2
     # ("nearest").
     transfer.rounding = "target"
+    # Whether the weights begin anew at round_at, as the teacher's; the feature maps never do.
+    transfer.rewind = False
     transfer.freeze_steps = 0  # updates within 0.02 of 0 or 1 that freeze a layer; 0: none does
     transfer.t_to = "next"  # ADM's t, a lower step of the grid: the next, or uniform
     transfer.weighting = "clipped"

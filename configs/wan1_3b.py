@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
     transfer.r_learning_rate = 0.3  # ours, as wan-digits
     transfer.lambda_ = 0.01  # paper
     transfer.alpha = (20.0, 2.0, 0.6)  # the paper: 20 to 2; by 60% of the scores' time is ours
+    transfer.rewind = False  # paper
     transfer.freeze_steps = 0
     transfer.t_to = "next"  # ours: the paper says t < t'
     transfer.weighting = "clipped"  # ours: the paper's grows without bound as t falls to 0

@@ -1,6 +1,7 @@
 """A tiny random WanPipeline of diffusers, saved once a session."""
 
 import logging
+import os
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -13,6 +14,13 @@ CAPTIONS = (
     "a red 3 moves right and a blue 7 moves up on a green background",
     "the yellow nine goes slowly down and bounces on black",
 )
+# Compilation is most of the time. What subprocesses compile too: they inherit it.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
+if os.environ.get("JAX_PLATFORMS") == "cpu":  # the first of them holds for GPUs too
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 @pytest.fixture(autouse=True, scope="session")

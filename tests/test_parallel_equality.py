@@ -14,8 +14,6 @@ import parallel_cases
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Compilation is most of the time.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +22,6 @@ def found(tmp_path_factory):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": QUICK,
         # Threads: with one a core, devices that wait in two collectives at once leave none.
         "NPROC": "32",
     }

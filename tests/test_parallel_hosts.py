@@ -213,8 +213,8 @@ class Two:
         self._log = [workdir.parent / f"{workdir.name}-{i}-{time.time()}.txt" for i in range(2)]
         environment = os.environ | {
             "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "NPROC": "16",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-                         "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+                         + " --xla_force_host_platform_device_count=2",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
         }  # fmt: skip

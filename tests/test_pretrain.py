@@ -48,10 +48,10 @@ def config(monkeypatch):
     config = module.get_config()
     config.pretrain.parts = ("vae", "transformer")
     config.pretrain.vae.update(
-        num_frames=1, batch_size=4, num_steps=6, validation_clips=16, dtype="float32", log_every=1
+        num_frames=1, batch_size=4, num_steps=6, validation_clips=2, dtype="float32", log_every=1
     )
     settings = config.pretrain.transformer
-    settings.sizes.short.update(num_clips=8, batch_size=4)
+    settings.sizes.short.update(num_frames=5, num_clips=8, batch_size=4)
     settings.sizes.long.update(num_clips=0)
     settings.update(encode_batch_size=8, num_steps=4, dtype="float32", log_every=1)
     return config

@@ -115,7 +115,8 @@ def test_what_is_finished_is_not_run_again(swept, monkeypatch):
     assert calls == [(("collect",), swept.workdir)]
     # Evaluated otherwise, rows are not trained again; a row of the sweep can be picked by name.
     other = config_files.changed(
-        swept.config, {"evaluate.num_prompts": 7, "sweep_rows": ("again", "two"), "sweep_seeds": (1,)}
+        swept.config,
+        {"evaluate.num_prompts": 7, "sweep_rows": ("again", "two"), "sweep_seeds": (1,)},
     )
     calls.clear()
     sweep.run(other, swept.workdir)

@@ -180,6 +180,35 @@ def test_layers_that_are_not_learned_are_placed_after_the_warmup(
     assert written == {"selection": "manual", "target": 2, "layers": [0, 2]}
 
 
+def test_weights_begin_anew_after_the_selection(config, trained, tmp_path, monkeypatch):
+    """As the teacher's, with fresh moments; what the feature maps have learned stays."""
+    (tmp_path / "pairs").symlink_to(trained / "pairs")
+    own = config.copy_and_resolve_references()
+    own.transfer.update(rewind=True, num_steps=17, ema_decay=0.5)
+    seen = []
+
+    def update(recipe, state, teacher, batch, knobs, key):
+        seen.append(jax.tree.map(np.asarray, state))
+        moved = {
+            name: jax.tree.map(lambda x: x + 1, state[name]) for name in ("params", "optimizer")
+        }
+        return state | moved, {"loss": jnp.zeros(())}
+
+    monkeypatch.setattr(training, "update", update)
+    transfer.run(own, tmp_path)
+    first, *_, last, after = seen
+    teacher = checkpoints.load(own.checkpoint, ("transformer",)).transformer
+    maps = after["params"]["blocks"]["attn1"].pop("feature_map")
+    jax.tree.map(np.testing.assert_array_equal, after["params"], teacher)
+    before = last["params"]["blocks"]["attn1"]["feature_map"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b + 1, atol=1e-5), maps, before)
+    jax.tree.map(np.testing.assert_array_equal, after["optimizer"], first["optimizer"])
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(last["optimizer"]))
+    after["ema"]["blocks"]["attn1"].pop("feature_map")
+    jax.tree.map(np.testing.assert_array_equal, after["ema"], teacher)
+    assert after["mode"].tolist().count(LINEAR) == own.transfer.target
+
+
 def test_settled_layers_are_frozen_without_another_compilation(config, trained, tmp_path, caplog):
     (tmp_path / "pairs").symlink_to(trained / "pairs")
     own = config.copy_and_resolve_references()

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
         of = {"transfer.target": target}
         rows += [
             (f"selective_{target}", of),
+            (f"selective_rewound_{target}", {**of, "transfer.rewind": True}),
             (f"grid_{target}", {**of, "transfer.selection": "grid"}),
         ]
         for name, layers in by_hand.items():

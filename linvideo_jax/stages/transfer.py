@@ -2,12 +2,13 @@
 
 Three parts of one run: the feature maps are fitted layer by layer (`warmup_steps`), then all
 weights and scores are trained together in mixed layers, and from `round_at` on the scores are
-rounded and the rest of the run trains the rounded model. Where layers are not chosen by scores
-(`selection`), the second part is left out.
+rounded and the rest of the run trains the rounded model, from the teacher's weights with `rewind`.
+Where layers are not chosen by scores (`selection`), the second part is left out.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,6 +124,8 @@ def run(config, workdir: Path) -> None:
             return training.warmup(recipe, state, batch, knobs)
         if step == choose_at:
             state = placement.params(chosen(state, layers, settings, workdir))
+            if settings.rewind and layers is None:
+                state = rewound(state, config, placement)
         key = jax.random.fold_in(seed, step)
         return training.update(recipe, state, teacher.transformer, batch, knobs, key)
 
@@ -182,6 +185,20 @@ def run(config, workdir: Path) -> None:
         tokenizer=teacher.tokenizer_folder,
         scheduler=teacher.scheduler,
     )
+
+
+def rewound(state: training.State, config, placement: Placement) -> training.State:
+    """The state with the teacher's weights again, beside the feature maps that it has.
+
+    The buffers of the weights, moments and average that it had are given back.
+    """
+    teacher = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
+    teacher = placement.params(teacher.transformer)
+    maps = state["params"]["blocks"]["attn1"]["feature_map"]
+    again = placement.make(partial(training.begun, config.transfer), teacher, maps)
+    jax.block_until_ready(again)
+    jax.tree.map(lambda leaf: leaf.delete(), {name: state[name] for name in again})
+    return state | again
 
 
 class Beside(NamedTuple):

@@ -60,19 +60,24 @@ def initial_state(settings, config: wan.WanConfig, teacher_params: Params) -> St
     modes; the products are in the dtype of the recipe. Every leaf is a buffer of its own, for
     `update` gives them back.
     """
-    params = jax.tree.map(jnp.array, teacher_params)
-    maps = jax.tree.map(jnp.array, wan.initial_feature_map(config))
-    params["blocks"]["attn1"]["feature_map"] = maps
-    layers = config.num_layers
-    average = {"ema": jax.tree.map(jnp.array, params)} if settings.ema_decay else {}
-    return average | {
-        "params": params,
-        "optimizer": weights_optimizer(settings).init(params),
+    maps, layers = wan.initial_feature_map(config), config.num_layers
+    return begun(settings, teacher_params, maps) | {
         "warmup": MAPS_OPTIMIZER.init(maps),
         "r": jnp.full((layers,), settings.r_init, jnp.float32),
         "mode": jnp.full((layers,), wan.MIX, jnp.int32),
         "settled": jnp.zeros((layers,), jnp.int32),
     }
+
+
+def begun(settings, teacher_params: Params, maps: Params) -> State:
+    """The weights of a state before their first update: the teacher's, with these feature maps.
+
+    "params", their moments "optimizer", and "ema" if `settings` has one kept, all float32.
+    """
+    params = jax.tree.map(jnp.array, teacher_params)
+    params["blocks"]["attn1"]["feature_map"] = jax.tree.map(jnp.array, maps)
+    average = {"ema": jax.tree.map(jnp.array, params)} if settings.ema_decay else {}
+    return average | {"params": params, "optimizer": weights_optimizer(settings).init(params)}
 
 
 def frozen(params: Params, dtype: Any) -> Params:
