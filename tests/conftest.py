@@ -15,10 +15,7 @@ CAPTIONS = (
     "the yellow nine goes slowly down and bounces on black",
 )
 # Compilation is most of the time. What subprocesses compile too: they inherit it.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if os.environ.get("JAX_PLATFORMS") == "cpu":  # the first of them holds for GPUs too
     os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
