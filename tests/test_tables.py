@@ -69,6 +69,11 @@ def test_rows_of_an_earlier_run_stay():
     begun = {"name": "b", "seed": 0, "status": "begun"}
     before = tables.finished(table(a=[run("a", 0, 0.1)], b=[run("b", 1, 0.2)]))
     after = tables.finished(table(a=[run("a", 0, 0.3)], b=[begun]), before)
+    later = tables.finished(table(a=[run("a", 2, 0.3)]) | {"seeds": [2]}, before)
+    assert later["seeds"] == [0, 1, 2] and [one["seed"] for one in later["rows"]["a"]["runs"]] == [
+        0,
+        2,
+    ]
     rates = {
         name: [(r["seed"], r["figures"]["right.all"]) for r in row["runs"]]
         for name, row in after["rows"].items()

@@ -7,12 +7,13 @@ Half of wan-digits' layers, as in the other tables; each row changes what it is 
 
 from ml_collections import ConfigDict
 
-from configs.ablations import common
+from configs.ablations import common, selection
 
 
 def get_config() -> ConfigDict:
     config = common.get_config()
     mse = {"transfer.objective": "mse"}
+    alternate = selection.BY_HAND[6]["alternate"]
     normalised = {"transfer.weighting": "normalised"}
     own = {"transfer.objective": "own_points"}
     config.sweep = (
@@ -22,7 +23,8 @@ def get_config() -> ConfigDict:
         ("mse_rate_3e-4", {**mse, "transfer.learning_rate": 3e-4}),
         ("mse_negative_third", {**mse, "transfer.negative_fraction": 0.33}),
         ("mse_maps_10", {**mse, "transfer.feature_map_rate": 10.0}),
-        ("mse_alternate", {**mse, "transfer.selection": "manual", "transfer.layers": ALTERNATE}),
+        ("mse_rewound", {**mse, "transfer.rewind": True}),
+        ("mse_alternate", {**mse, "transfer.selection": "manual", "transfer.layers": alternate}),
         ("mse_4500", {**mse, "transfer.num_steps": 4500}),
         ("mse_4500_rate_3e-3", {**mse, "transfer.num_steps": 4500, "transfer.learning_rate": 3e-3}),
         ("mse_guided", {**mse, "transfer.velocities": "guided"}),
@@ -40,6 +42,3 @@ def get_config() -> ConfigDict:
     evaluate.num_prompts = 128
     evaluate.seeds = (10, 11, 12)
     return config
-
-
-ALTERNATE = tuple(range(1, 12, 2))
