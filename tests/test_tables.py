@@ -70,10 +70,8 @@ def test_rows_of_an_earlier_run_stay():
     before = tables.finished(table(a=[run("a", 0, 0.1)], b=[run("b", 1, 0.2)]))
     after = tables.finished(table(a=[run("a", 0, 0.3)], b=[begun]), before)
     later = tables.finished(table(a=[run("a", 2, 0.3)]) | {"seeds": [2]}, before)
-    assert later["seeds"] == [0, 1, 2] and [one["seed"] for one in later["rows"]["a"]["runs"]] == [
-        0,
-        2,
-    ]
+    assert later["seeds"] == [0, 1, 2]
+    assert [one["seed"] for one in later["rows"]["a"]["runs"]] == [0, 2]
     rates = {
         name: [(r["seed"], r["figures"]["right.all"]) for r in row["runs"]]
         for name, row in after["rows"].items()

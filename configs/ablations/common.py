@@ -2,11 +2,7 @@
 configs/digits.py, and figures that need no untrained student. By itself it is one row: half of the
 layers, the default objective.
 
-Settings are chosen on other prompts and noise than the tables' own:
-
-python train.py --config=configs/ablations/objectives.py --workdir=runs/validation/objectives \
-    --config.evaluate.prompts=assets/prompts_digits_validation.txt \
-    --config.evaluate.num_prompts=128 --config.evaluate.seeds="(10,)"
+Settings are chosen on other prompts and noise than the tables' own: settings.py beside this.
 """
 
 from ml_collections import ConfigDict

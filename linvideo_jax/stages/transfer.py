@@ -192,12 +192,13 @@ def rewound(state: training.State, config, placement: Placement) -> training.Sta
 
     The buffers of the weights, moments and average that it had are given back.
     """
+    # Read again: the teacher beside the student has its kernels in the dtype in which they act.
     teacher = checkpoints.load(config.checkpoint, ("transformer",), create=np.asarray)
     teacher = placement.params(teacher.transformer)
     maps = state["params"]["blocks"]["attn1"]["feature_map"]
     again = placement.make(partial(training.begun, config.transfer), teacher, maps)
-    jax.block_until_ready(again)
-    jax.tree.map(lambda leaf: leaf.delete(), {name: state[name] for name in again})
+    for leaf in jax.tree.leaves([state[name] for name in again]):
+        leaf.delete()
     return state | again
 
 
