@@ -38,6 +38,12 @@ def get_config() -> ConfigDict:
     distill.normalise = True  # DMD's weight of each sample
 
     distill.num_steps = 2000  # LinVideo's second stage
+    # Of these, the first so many teach the generator's first step the teacher's own samples, in so
+    # many steps of the teacher's sampler: from pure noise its velocity leads to the prompt's mean,
+    # and DMD2 alone left one of four trainings there.
+    distill.start_steps = 0
+    distill.start_sampling_steps = 10
+    distill.start_learning_rate = 1e-4
     distill.batch_size = 64
     distill.generator_every = 5  # two time scales: the fake score learns at every step
     # Ours: both networks at 50 times Self-Forcing-Plus' rate of the generator. wan-digits learns at

@@ -18,11 +18,12 @@ import sample
 from convert import from_torch, to_torch
 from linvideo_jax import checkpoints, evaluation, loop, report
 from linvideo_jax.errors import UserError
+from linvideo_jax.flow import solvers
 from linvideo_jax.models.module import shapes
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanTransformer
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.stages import distill
-from linvideo_jax.transfer import distill_training
+from linvideo_jax.transfer import distill_training, training
 
 PROMPTS = ("a red 3 moves right", "the yellow nine bounces on black", "a blue 7 moves up")
 STEPS = 8
@@ -73,6 +74,9 @@ def config(tiny_pipeline, linear, tmp_path_factory):
         learning_rate=1e-3,
         fake_learning_rate=1e-3,
         lr_warmup_steps=1,
+        start_steps=2,
+        start_sampling_steps=2,
+        start_learning_rate=1e-3,
         remat="none",
         save_every=2,
         log_every=2,
@@ -116,9 +120,13 @@ def trained(config, tmp_path_factory):
 def test_both_networks_are_trained_and_linear_layers_stay_linear(config, trained, linear):
     lines = loop.read_metrics(trained / "state" / "distill")
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    start, *rest = lines
+    assert start["regression"] > 0 and "generator_loss" not in start
     for line in lines:
-        assert line["loss"] > 0 and line["generator_loss"] > 0 and line["gradient_norm"] > 1e-6
-        assert line["exit_step"] in range(4) and line["fake_gradient_norm"] > 1e-6
+        assert line["loss"] > 0 and line["gradient_norm"] > 1e-6
+        assert line["fake_gradient_norm"] > 1e-6
+    for line in rest:
+        assert line["generator_loss"] > 0 and line["exit_step"] in range(4)
     before, after = checkpoints.load(linear), checkpoints.load(trained / "final")
     assert after.linear_layers == (1,) and after.wan_config == before.wan_config
     moved = jax.tree.map(
@@ -176,7 +184,7 @@ def parts(config, student, teacher, **recipe):
         Pipeline(teacher).latent_shape(settings),
         "float32",
     )
-    made = dataclasses.replace(made, **recipe)
+    made = dataclasses.replace(made, **distill.start_sampling(teacher, config.distill), **recipe)
     state = distill_training.initial_state(made, params, teacher.transformer, r, mode)
     texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size)
     texts = texts.draw(0, 0, np.arange(made.batch_size))
@@ -211,6 +219,38 @@ def test_each_update_moves_its_own_network_alone(config, ours, linear):
         rtol=1e-5,
         atol=1e-7,
     )
+
+
+def test_the_start_regresses_the_first_step_on_the_teachers_samples(config, ours, linear):
+    teacher, student = checkpoints.load(ours), checkpoints.load(linear)
+    recipe, given, texts, knobs = parts(config, student, teacher)
+    key, state = jax.random.key(5), jax.tree.map(np.array, given)
+    noise = jax.random.normal(key, (recipe.batch_size, *recipe.shape))
+
+    def x_0(params, sizes, guidance_scale, sigmas, **kinds):
+        network = training.network(recipe, sizes, params, **kinds)
+        halves = (texts.text, texts.lengths), (texts.negative_text, texts.negative_lengths)
+
+        def velocity(x, t):
+            t = jnp.full(len(x), t)
+            cond, uncond = (network(x, t, *half) for half in halves)
+            return uncond + guidance_scale * (cond - uncond)
+
+        return solvers.sample(velocity, noise, np.asarray(sigmas), recipe.start_sampler)
+
+    kinds = {"r": state["r"], "mode": state["mode"]}
+    ours = x_0(student.transformer, recipe.student, 1.0, (recipe.sigmas[0], 0.0), **kinds)
+    theirs = x_0(teacher.transformer, recipe.teacher, knobs.guidance_scale, recipe.start_sigmas)
+    assert len(recipe.start_sigmas) == 3 and recipe.start_sampler == "unipc"
+    after, metrics = distill_training.update_start(
+        recipe, given, teacher.transformer, texts, knobs, key
+    )
+    expected = np.mean(np.square(np.asarray(ours) - np.asarray(theirs)))
+    np.testing.assert_allclose(metrics["regression"], expected, rtol=1e-4)
+    for name in ("fake", "r", "mode"):
+        jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
+    moved = after["params"]["proj_out"]["kernel"] - state["params"]["proj_out"]["kernel"]
+    assert 0 < float(jnp.abs(moved).max()) < 10 * knobs.generator_rate
 
 
 def test_a_distilled_model_needs_no_flags(trained, tmp_path, capsys):
@@ -258,7 +298,7 @@ def test_export_and_import_keep_how_it_is_sampled(trained, tmp_path):
 
 def test_a_dense_model_is_distilled_too(config, ours, tmp_path, monkeypatch):
     """Traced, with remat, and not compiled."""
-    run = changed(config, checkpoint=str(ours), require_selection=False, num_steps=2)
+    run = changed(config, checkpoint=str(ours), require_selection=False, num_steps=4)
     run.distill.update(sampler="euler", warp_steps=False, denoising_steps=(1000.0, 500.0))
     run.distill.update(remat="products", sample_every=0)
     traced = []
@@ -273,11 +313,12 @@ def test_a_dense_model_is_distilled_too(config, ours, tmp_path, monkeypatch):
 
         return call
 
-    for name in ("update_generator", "update_fake_score"):
+    for name in ("update_start", "update_generator", "update_fake_score"):
         update = getattr(distill_training, name)
         monkeypatch.setattr(distill_training, name, traced_only(update))
     distill.run(run, tmp_path)
-    assert traced == ["update_fake_score", "update_generator", "update_fake_score"]
+    start, generator, fake = "update_start", "update_generator", "update_fake_score"
+    assert traced == [start, fake, start, fake, fake, generator, fake]
     final = checkpoints.load(tmp_path / "final")
     assert final.linear_layers == () and final.wan_config.feature_map is None
     assert final.sampling["denoising_steps"] == [1000, 500]
@@ -289,6 +330,7 @@ def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path, monke
         distill_training, "update_fake_score", lambda recipe, state, *rest: (state, {"loss": 1.0})
     )
     run = changed(config, checkpoint=str(ours), one_stage=True, round_at=4, num_steps=6)
+    run.distill.start_steps = 0
     run.transfer.update(target=1, r_learning_rate=0.05, lambda_=1.0)
     run.distill.sample_every = 0
     distill.run(run, tmp_path)
@@ -317,7 +359,9 @@ def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path, monke
         ({"sampler": "unipc"}, "distill.sampler is 'unipc': choose one of renoise, euler"),
         ({"guidance_convention": "none"}, "choose one of standard, from_conditional"),
         ({"log_every": 3}, "log_every is 3: choose a multiple of generator_every, 2"),
-        ({"batch_size": 0}, "distill.batch_size is 0: choose 1 or more"),
+        ({"start_steps": 3}, "start_steps is 3: choose 0, or a multiple of generator_every, 2"),
+        ({"start_steps": STEPS}, "start_steps is 8: choose 0, or a multiple"),
+        ({"start_steps": 0, "batch_size": 0}, "distill.batch_size is 0: choose 1 or more"),
         ({"one_stage": True}, "has linear layers already, and distill.one_stage chooses them"),
         ({"one_stage": True, "round_at": 99}, "distill.round_at is 99: choose a step above 0"),
     ],

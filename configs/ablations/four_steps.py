@@ -19,6 +19,14 @@ def get_config() -> ConfigDict:
         ("half_linear_dmd2", {}),
         ("dense_dmd2", {**dense, "distill.require_selection": False}),
         ("one_stage", {**dense, "distill.one_stage": True}),
+        # Against a first step that stays where the teacher's velocity leads: see docs/results.md.
+        ("half_linear_dmd2_4000", {"distill.num_steps": 4000}),
+        ("half_linear_dmd2_every_2", {"distill.generator_every": 2}),
+        ("half_linear_dmd2_start", {"distill.start_steps": 200}),
+        (
+            "half_linear_dmd2_start_fast",
+            {"distill.start_steps": 200, "distill.start_learning_rate": 5e-4},
+        ),
     )
     config.sweep_seeds = (0, 1, 2)
     config.evaluate.num_shown = 4

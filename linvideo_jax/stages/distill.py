@@ -55,6 +55,7 @@ def run(config, workdir: Path) -> None:
         dtype=config.dtype,
         layout=placement.layout,
     )
+    recipe = replace(recipe, **start_sampling(teacher, settings))
     fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
     schedule = optimizers.warmup_cosine(
         1.0, settings.num_steps, settings.lr_warmup_steps, settings.final_learning_rate
@@ -69,14 +70,15 @@ def run(config, workdir: Path) -> None:
             state = placement.params(transfer.chosen(state, None, config.transfer, workdir))
         knobs = knobs_at(config, step, guidance_scale, schedule(step + 1))
         critic, actor = jax.random.split(jax.random.fold_in(seed, step))
-        metrics = {}
-        if step % settings.generator_every == settings.generator_every - 1:
+        metrics, starting = {}, step < settings.start_steps
+        if starting or step % settings.generator_every == settings.generator_every - 1:
             texts = placement.batch(
                 prompts.draw(config.seed, 2 * step + 1, rows), settings.batch_size
             )
-            state, metrics = distill_training.update_generator(
-                recipe, state, teacher.transformer, texts, knobs, actor
-            )
+            update = distill_training.update_generator
+            if starting:
+                update = distill_training.update_start
+            state, metrics = update(recipe, state, teacher.transformer, texts, knobs, actor)
         texts = placement.batch(prompts.draw(config.seed, 2 * step, rows), settings.batch_size)
         state, more = distill_training.update_fake_score(recipe, state, texts, knobs, critic)
         return state, metrics | more
@@ -96,7 +98,8 @@ def run(config, workdir: Path) -> None:
         shown = (recipe.student, config, settings.sample_prompts)
         event = monitoring.Samples(folder, teacher, *shown, sampling=sampling, weights="ema")
         events.insert(0, (settings.sample_every, event))
-    marks = [[settings.round_at, "rounded"]] if settings.one_stage else []
+    marks = [[settings.start_steps, "DMD2 begins"]] if settings.start_steps else []
+    marks += [[settings.round_at, "rounded"]] if settings.one_stage else []
     facts = {"num_steps": settings.num_steps, "marks": marks}
     if hosts.is_first():
         loop.write_json(folder / monitoring.FACTS, facts)
@@ -143,6 +146,13 @@ def check(config) -> None:
         raise UserError(
             f"distill.log_every is {settings.log_every}: choose a multiple of generator_every, "
             f"{settings.generator_every}, so that every line has both losses."
+        )
+    if not 0 <= settings.start_steps < settings.num_steps or (
+        settings.start_steps % settings.generator_every
+    ):
+        raise UserError(
+            f"distill.start_steps is {settings.start_steps}: choose 0, or a multiple of "
+            f"generator_every, {settings.generator_every}, below num_steps, {settings.num_steps}."
         )
     if settings.one_stage and not 0 < settings.round_at < settings.num_steps:
         raise UserError(
@@ -200,6 +210,16 @@ def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
     return Settings(**overridden(teacher.sampling, settings.sampling.to_dict() | few))
 
 
+def start_sampling(teacher: checkpoints.Checkpoint, settings) -> dict[str, Any]:
+    """How the teacher is sampled for the start, as fields of a Recipe: its own way, fewer steps."""
+    steps = {"num_inference_steps": settings.start_sampling_steps}
+    sampling = Settings(**overridden(teacher.sampling, settings.sampling.to_dict() | steps))
+    return {
+        "start_sampler": sampling.sampler,
+        "start_sigmas": tuple(sampling.sigmas().tolist()),
+    }
+
+
 class Prompts:
     """Embeddings of a file's prompts in the host's memory, from which batches are drawn."""
 
@@ -245,14 +265,16 @@ def start(student: checkpoints.Checkpoint, config) -> tuple[wan.WanConfig, Param
 def knobs_at(config, step: int, guidance_scale: float, rate) -> Knobs:
     """The knobs of a step; rate: the share of both learning rates."""
     settings = config.distill
+    start = settings.start_steps
+    learning_rate = settings.learning_rate if step >= start else settings.start_learning_rate
     knobs = Knobs(
-        generator_rate=settings.learning_rate * rate,
+        generator_rate=learning_rate * rate,
         fake_rate=settings.fake_learning_rate * rate,
         guidance_scale=guidance_scale,
         flow_shift=settings.flow_shift,
         normalise=settings.normalise,
         ema_decay=settings.ema_decay,
-        ema_age=step // settings.generator_every,
+        ema_age=min(step, start) + max(step - start, 0) // settings.generator_every,
     )
     if not settings.one_stage or step >= settings.round_at:
         return knobs

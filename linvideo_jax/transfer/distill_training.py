@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from linvideo_jax import optimizers
 from linvideo_jax.errors import check_counts
-from linvideo_jax.flow import rectified
+from linvideo_jax.flow import rectified, solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.module import Params
@@ -28,7 +28,7 @@ class Recipe:
 
     sigmas: of the steps, a 0 behind them; shape: of one video's latents; moving_scores: whether
     layers are still chosen by scores (transfer and distillation in one stage); layout: of the mesh,
-    None on one device.
+    None on one device; start_sampler, start_sigmas: of the teacher's samples in `update_start`.
     """
 
     student: wan.WanConfig
@@ -46,6 +46,8 @@ class Recipe:
     layout: Layout | None = None
     # The network is told 1000 t as it is, as the few-step samplers tell it.
     sampler: str = "renoise"
+    start_sampler: str = "euler"
+    start_sigmas: tuple[float, ...] = (1.0, 0.0)
 
     @classmethod
     def of(
@@ -134,6 +136,13 @@ def _on(velocity, texts: Texts) -> Velocity:
     return lambda x, t: velocity(x, t, texts.text, texts.lengths)
 
 
+def _teacher(recipe: Recipe, params: Params, texts: Texts, guidance_scale) -> Velocity:
+    text = jnp.concatenate([texts.text, texts.negative_text])
+    lengths = jnp.concatenate([texts.lengths, texts.negative_lengths])
+    network = training.network(recipe, recipe.teacher, params)
+    return distillation.guided(network, text, lengths, guidance_scale)
+
+
 def _met(recipe: Recipe, frozen: Velocity, key: jax.Array):
     """(x_t, t, step): what the generator meets at a random step; the step is the batch's.
 
@@ -206,14 +215,7 @@ def generator_objective(
     )
     x_0 = _x_0(student, x, t)
     fake = training.network(recipe, recipe.fake, state["fake"]["params"])
-    text = jnp.concatenate([texts.text, texts.negative_text])
-    lengths = jnp.concatenate([texts.lengths, texts.negative_lengths])
-    teacher = distillation.guided(
-        training.network(recipe, recipe.teacher, teacher_params),
-        text,
-        lengths,
-        knobs.guidance_scale,
-    )
+    teacher = _teacher(recipe, teacher_params, texts, knobs.guidance_scale)
     value = distillation.generator_loss(
         x_0,
         *_noised(recipe, knobs, there),
@@ -248,15 +250,47 @@ def update_generator(
     grads, metrics = jax.grad(generator_objective, has_aux=True)(
         trained, recipe, state, teacher_params, texts, knobs, key
     )
-    params, moments = _applied(
-        recipe, state["params"], state["optimizer"], grads["params"], knobs.generator_rate
+    new, more = _generator_moved(recipe, state, grads["params"], knobs)
+    new["r"] = training.descended(state, grads["r"], knobs.r_learning_rate)
+    return training.kept(recipe, new), training.kept(recipe, metrics | more)
+
+
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
+def update_start(
+    recipe: Recipe,
+    state: State,
+    teacher_params: Params,
+    texts: Texts,
+    knobs: Knobs,
+    key: jax.Array,
+):
+    """(state, metrics): the generator's first step learns where the teacher leads from its noise.
+
+    The teacher is sampled here, with guidance. The state is given back as in `update_fake_score`.
+    """
+    noise = jax.random.normal(key, (recipe.batch_size, *recipe.shape))
+    teacher = _teacher(recipe, teacher_params, texts, knobs.guidance_scale)
+    x_0 = solvers.sample(
+        lambda x, t: teacher(x, jnp.full(x.shape[:1], t)),
+        noise,
+        np.asarray(recipe.start_sigmas),
+        recipe.start_sampler,
     )
-    average = (params, knobs.ema_decay, knobs.ema_age)
-    new = state | {
-        "params": params,
-        "optimizer": moments,
-        "ema": optimizers.moving_average(state["ema"], *average),
-        "r": training.descended(state, grads["r"], knobs.r_learning_rate),
-    }
-    metrics |= {"gradient_norm": optax.tree.norm(grads["params"])}
-    return training.kept(recipe, new), training.kept(recipe, metrics)
+    t = jnp.full(noise.shape[:1], recipe.sigmas[0])
+
+    def loss(params):
+        student = generator(recipe, params, state["r"], state["mode"], texts, remat=recipe.remat)
+        return distillation.regression_loss(student, noise, t, x_0)
+
+    value, grads = jax.value_and_grad(loss)(state["params"])
+    new, metrics = _generator_moved(recipe, state, grads, knobs)
+    return training.kept(recipe, new), training.kept(recipe, metrics | {"regression": value})
+
+
+def _generator_moved(recipe: Recipe, state: State, grads: Params, knobs: Knobs):
+    params, moments = _applied(
+        recipe, state["params"], state["optimizer"], grads, knobs.generator_rate
+    )
+    average = optimizers.moving_average(state["ema"], params, knobs.ema_decay, knobs.ema_age)
+    new = state | {"params": params, "optimizer": moments, "ema": average}
+    return new, {"gradient_norm": optax.tree.norm(grads)}

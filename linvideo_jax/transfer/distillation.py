@@ -23,6 +23,7 @@ __all__ = [
     "draw_times",
     "fake_score_loss",
     "generator_loss",
+    "regression_loss",
     "standard_guidance",
 ]
 
@@ -109,6 +110,17 @@ def generator_loss(
     direction = (mu_fake - mu_teacher) / jnp.where(normalise, jnp.maximum(size, 1e-6), 1.0)
     target = jax.lax.stop_gradient(sample - direction)
     return 0.5 * jnp.mean(jnp.square(x_0 - target))
+
+
+def regression_loss(
+    generator: Velocity, noise: Latents, t: Times, x_0: Latents
+) -> Float[Array, ""]:
+    """How far the generator's x_0 from pure noise is from the teacher's sample of the same noise.
+
+    The mean square over batch and elements: DMD's regression, and CausVid's start on the teacher's
+    trajectories, for the first step alone. t: of the first step, near 1.
+    """
+    return jnp.mean(jnp.square(rectified.x0_from_velocity(noise, generator(noise, t), t) - x_0))
 
 
 def guided(
