@@ -38,16 +38,18 @@ def get_config() -> ConfigDict:
     distill.normalise = True  # DMD's weight of each sample
 
     distill.num_steps = 2000  # LinVideo's second stage
-    # Of these, the first so many teach the generator's first step the teacher's own samples, in so
-    # many steps of the teacher's sampler: from pure noise its velocity leads to the prompt's mean,
-    # and DMD2 alone left one of four trainings there.
+    # Of these, the first so many teach the generator's first step the teacher's own samples, of so
+    # many steps. From pure noise the teacher's velocity leads to the prompt's mean, and with a
+    # generator_every of 5 DMD2 alone left a third of the trainings there (docs/results.md).
     distill.start_steps = 0
     distill.start_sampling_steps = 10
     distill.start_learning_rate = 1e-4
     distill.batch_size = 64
-    distill.generator_every = 5  # two time scales: the fake score learns at every step
+    # Two time scales: the fake score learns at every step. Ours: the codes' 5 leaves a model this
+    # small too few updates of the generator (docs/results.md).
+    distill.generator_every = 2
     # Ours: both networks at 50 times Self-Forcing-Plus' rate of the generator. wan-digits learns at
-    # 1e-3 where Wan learns at 1e-5, and 400 updates of the generator must do.
+    # 1e-3 where Wan learns at 1e-5, and 1,000 updates of the generator must do.
     distill.learning_rate = 1e-4
     distill.fake_learning_rate = 1e-4
     distill.lr_warmup_steps = 20  # ours
