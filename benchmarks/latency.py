@@ -353,7 +353,8 @@ def _moving_picture(frames: int, height: int, width: int) -> np.ndarray:
         np.sin((x + 5 * t) / (40 + 9 * i)) + np.cos((y - 3 * t) / (55 - 7 * i)) for i in range(3)
     ]
     stacked = np.stack([np.moveaxis(wave, -1, 0) for wave in waves], axis=-1)
-    return (63.75 * (stacked + 2)).astype(np.uint8)
+    # Frame by frame in memory, as a decoder hands them over.
+    return np.ascontiguousarray((63.75 * (stacked + 2)).astype(np.uint8))
 
 
 def _write(clip: np.ndarray) -> None:

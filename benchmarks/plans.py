@@ -1,4 +1,4 @@
-"""The table of plans in docs/pods.md: both configurations of real Wan on several machines.
+"""The table of plans in docs/pods.md: the configurations of real Wan on several machines.
 
 JAX_PLATFORMS=cpu python benchmarks/plans.py --out=runs/plans.json
 
@@ -35,26 +35,31 @@ PLANS = (
     ("configs/wan1_3b.py", "v6e:2x4"),
     ("configs/wan1_3b.py", "v5p:2x2x2"),
     ("configs/wan1_3b.py", "h100:8"),
+    ("configs/wan14b_dmd2.py", "v5p:4x4x4"),
+    ("configs/wan14b_dmd2.py", "h100:64"),
+    ("configs/wan1_3b_dmd2.py", "v5p:2x2x2"),
+    ("configs/wan1_3b_dmd2.py", "h100:8"),
 )  # fmt: skip
 DAY = 86_400  # s
 
 
 def row(plan: Plan) -> dict[str, Any]:
     """What the table shows of a plan, and its page."""
-    mixed, _ = plan.communication
+    slow = max(plan.phases, key=lambda phase: phase.work.total)
+    sent = plan.sent.get(slow.sent)
     return {
         "mesh": plan.sizes,
         "batch_size": plan.chosen.batch_size,
-        "held": plan.chosen.held.total,
+        "held": plan.chosen.kept,
         "peak": plan.peak,
         "limit": plan.limit,
         "by_formula": plan.formula is not None,
         "formula": sum(plan.estimate.values()),
         "fits": plan.fits,
         "largest_batch": plan.largest_batch,
-        "flops": plan.steps.mixed.total / plan.machine.num_chips,
-        "sent": mixed.sent if mixed else None,
-        "step": plan.step_seconds[1],
+        "flops": slow.work.total / plan.machine.num_chips,
+        "sent": sent.sent if sent else None,
+        "step": plan.update_seconds[slow.name],
         "training": plan.training_seconds,
         "collection": plan.collection_seconds,
         "kernels": plan.chosen.kernels,
@@ -66,7 +71,7 @@ def row(plan: Plan) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     head = ("configuration, machine", "mesh", "batch", "kept, GiB", "peak, GiB", "of", "fits")
-    head += ("largest batch", "TFLOP a chip", "sent, GiB", "step, s", "transfer, days")
+    head += ("largest batch", "TFLOP a chip", "sent, GiB", "update, s", "training, days")
     lines = ["| " + " | ".join((*head, "collect, days")) + " |", "|---" * 13 + "|"]
     for name, one in rows.items():
         sent = "" if one["sent"] is None else f"{one['sent'] / GIB:,.1f}"
@@ -83,7 +88,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             sent,
             _range(one["step"], 1),
             _range(one["training"], DAY),
-            _range(one["collection"], DAY),
+            "" if one["collection"] is None else _range(one["collection"], DAY),
         )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)

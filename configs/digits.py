@@ -69,9 +69,6 @@ def get_config() -> ConfigDict:
     transfer.freeze_steps = 0  # updates within 0.02 of 0 or 1 that freeze a layer; 0: none does
     transfer.t_to = "next"  # ADM's t, a lower step of the grid: the next, or uniform
     transfer.weighting = "clipped"
-    # Each sample's of one branch, conditional or negative ("branch"); of both, "guided", for the
-    # ablation with mse and adm.
-    transfer.velocities = "branch"
     transfer.beta = 1.0  # of the anchor; 0 is the printed form
     # Of own_points: moves from a stored state, the grid's length or more for whole trajectories;
     # and the share of the batch that is not stored pairs.
@@ -83,7 +80,7 @@ def get_config() -> ConfigDict:
     transfer.score_updates = 5
     transfer.score_learning_rate = 1e-4  # not tuned
     transfer.rollout_steps = 4
-    transfer.negative_fraction = 0.1
+    transfer.negative_fraction = 0.1  # of samples of the negative branch; the rest are conditional
     transfer.learning_rate = 1e-3
     transfer.final_learning_rate = 0.02
     transfer.lr_warmup_steps = 50

@@ -53,7 +53,6 @@ def get_config() -> ConfigDict:
     transfer.layers = ()
     transfer.feature_map = "hedgehog"  # paper
     transfer.rounding = "target"  # ours: the smallest `target` scores, whatever their values
-    transfer.velocities = "branch"  # ours: of the prompt or of the negative prompt, as digits.py
     transfer.selection_seed = 0
     transfer.objective = "adm"  # paper
     transfer.num_steps = 3000  # paper

@@ -56,19 +56,21 @@ class Problem:
 
 
 def problem(config) -> Problem:
-    """From `config.model` and what the collect stage samples.
+    """From `config.model` and what the collect stage samples, or the stage distill.
 
-    A height, width or num_frames that `collect.sampling` does not give is evaluate's, or else the
-    model's own; the rest is diffusers' default. UserError for a configuration without a transfer
-    stage.
+    A height, width or num_frames that their `sampling` does not give is evaluate's, or else the
+    model's own; the rest is diffusers' default. UserError for a configuration with neither a
+    transfer nor a distill stage.
     """
-    if "transfer" not in config or "collect" not in config:
+    distils = "distill" in config.stages
+    if not distils and ("transfer" not in config or "collect" not in config):
         raise UserError(
-            "this configuration has no transfer stage, and only that is planned: choose one that "
-            "has, such as configs/wan14b.py."
+            "this configuration has neither a transfer nor a distill stage, and only these are "
+            "planned: choose one that has, such as configs/wan14b.py."
         )
     models = registry.sizes(config.model)
-    given, other = config.collect.sampling.to_dict(), config.get("evaluate") or {}
+    sampled = config.distill if distils else config.collect
+    given, other = sampled.sampling.to_dict(), config.get("evaluate") or {}
     sampling, names = SAMPLING | given, ("height", "width", "num_frames")
     for name, own in zip(names, models.video, strict=True):
         sampling[name] = given.get(name) or other.get(name) or own
@@ -108,34 +110,50 @@ def arguments(config, made: Recipe, given: Problem, mesh: Mesh) -> tuple[Tree, .
 
     teacher = jax.eval_shape(lambda params: training.frozen(params, made.dtype), weights)
     knobs = knobs_at(settings, 0, settings.learning_rate, 1.0, True)
-    knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.result_type(x)), knobs)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    everywhere, by_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh, made.batch_size)
     return (
-        _by_table(jax.eval_shape(state, weights), mesh),
-        _by_table(teacher, mesh),
-        jax.tree.map(lambda x: _at(by_batch, x), batch(config, made, given)),
-        *jax.tree.map(lambda x: _at(everywhere, x), (knobs, key)),
+        by_table(jax.eval_shape(state, weights), mesh),
+        by_table(teacher, mesh),
+        by_batch(batch(config, made, given), mesh, made.batch_size),
+        *everywhere((knobs, key), mesh),
     )
+
+
+def by_table(tree: Tree, mesh: Mesh) -> Tree:
+    """Shapes of a state or of weights, shared over the mesh as in a run."""
+    return jax.tree.map(_at, rules.shardings(tree, mesh), tree)
+
+
+def by_batch(tree: Tree, mesh: Mesh, batch_size: int) -> Tree:
+    """Shapes of a batch, each chip with its samples."""
+    sharding = meshes.batch_sharding(mesh, batch_size)
+    return jax.tree.map(lambda leaf: _at(sharding, leaf), tree)
+
+
+def everywhere(tree: Tree, mesh: Mesh) -> Tree:
+    """Shapes of numbers and keys that every chip has; numbers of Python count as arrays."""
+    sharding = meshes.replicated(mesh)
+
+    def at(leaf):
+        if not hasattr(leaf, "dtype"):
+            leaf = jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+        return _at(sharding, leaf)
+
+    return jax.tree.map(at, tree)
 
 
 def _at(sharding: NamedSharding, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _by_table(tree: Tree, mesh: Mesh) -> Tree:
-    return jax.tree.map(_at, rules.shardings(tree, mesh), tree)
-
-
 class _Pairs:
-    """As `data.trajectories.Pairs`, its texts and its index: one state and one velocity."""
+    """As `data.trajectories.Pairs` and its texts: one state and one velocity."""
 
     def __init__(self, given: Problem, dtype: Any, steps: int, rng: np.random.Generator | None):
-        self._rng, self._given, self._steps = rng, given, steps
+        self._rng, self._steps = rng, steps
         self._x, self._u = (self._array(given.latent_shape, jnp.bfloat16) for _ in range(2))
         self._text = Text(self._array(given.text_shape, dtype), np.int32(given.text_shape[0]))
-        self.texts, self.index = self, self
-        self.made = {"guidance_scale": given.sampling["guidance_scale"]}
+        self.texts = self
 
     negative = 0
 

@@ -22,7 +22,7 @@ from linvideo_jax.flow import solvers
 from linvideo_jax.models.module import shapes
 from linvideo_jax.models.wan import LINEAR, MIX, SOFTMAX, WanTransformer
 from linvideo_jax.pipeline import Pipeline, Settings
-from linvideo_jax.stages import distill
+from linvideo_jax.stages import distill, monitoring
 from linvideo_jax.transfer import distill_training, training
 
 PROMPTS = ("a red 3 moves right", "the yellow nine bounces on black", "a blue 7 moves up")
@@ -146,6 +146,23 @@ def test_the_report_has_both_losses_and_samples_on_the_way(trained):
     assert f"{STEPS} updates" in page and " s each (the median)" in page
 
 
+def test_a_first_step_that_stays_at_the_mean_is_told(tmp_path, caplog):
+    def told(first):
+        lines = [{"step": i, "exit_step": i % 4, "sample_deviation": 0.4} for i in range(4)]
+        deviations = (first, 1.05, 1.0, 1.1)
+        lines += [
+            {"step": 4 + i, "exit_step": i, "sample_deviation": deviations[i]} for i in range(4)
+        ]
+        text = "\n".join(map(json.dumps, lines))
+        (tmp_path / "metrics.jsonl").write_text(text + "\n")
+        caplog.clear()
+        monitoring.warn_of_a_flat_start(tmp_path)
+        return caplog.text
+
+    assert "standard deviation of 0.45, those of later steps 1.05" in told(0.45)
+    assert told(0.9) == ""
+
+
 def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, monkeypatch):
     write = loop.MetricsFile.write
 
@@ -173,7 +190,7 @@ def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, m
 
 def parts(config, student, teacher, **recipe):
     """(recipe, state, texts, knobs) of a run."""
-    settings = distill.few_step_sampling(teacher, config.distill)
+    settings = distill.few_step_sampling(teacher.sampling, config.distill)
     sizes, params, r, mode = distill.start(student, config)
     made = distill_training.Recipe.of(
         config.distill,
@@ -184,7 +201,9 @@ def parts(config, student, teacher, **recipe):
         Pipeline(teacher).latent_shape(settings),
         "float32",
     )
-    made = dataclasses.replace(made, **distill.start_sampling(teacher, config.distill), **recipe)
+    made = dataclasses.replace(
+        made, **distill.start_sampling(teacher.sampling, config.distill), **recipe
+    )
     state = distill_training.initial_state(made, params, teacher.transformer, r, mode)
     texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size)
     texts = texts.draw(0, 0, np.arange(made.batch_size))

@@ -1,4 +1,4 @@
-"""What an update computes, on networks of two matrices: counted passes, branches, guidance."""
+"""What an update computes, on networks of two matrices: counted passes, buffers, branches."""
 
 from types import SimpleNamespace
 
@@ -9,10 +9,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from configs import digits
-from linvideo_jax.errors import UserError
-from linvideo_jax.flow import rectified
 from linvideo_jax.models.wan import MIX, WanConfig
-from linvideo_jax.transfer import samples, training
+from linvideo_jax.transfer import training
 from linvideo_jax.transfer.recipe import Passes, Recipe, knobs_at, passes, velocity_of
 from linvideo_jax.transfer.samples import Batch, Fresh
 
@@ -85,8 +83,6 @@ def whole(monkeypatch):
         if recipe.objective == "own_points":
             fresh = Fresh(batch.x, jnp.zeros(BATCH, jnp.int32), *text(BATCH), *text(BATCH))
             batch = batch._replace(fresh=fresh)
-        if recipe.velocities == "guided":
-            batch = batch._replace(negative=text(BATCH))
         knobs = knobs_at(own, own.warmup_steps, 1e-3, 3.0, True)
         return SimpleNamespace(
             recipe=recipe, state=state, teacher=matrices("teacher"), batch=batch, knobs=knobs
@@ -119,8 +115,6 @@ def counted(jaxpr, times=1):
         ({"objective": "mse"}, "both", 0),
         ({"objective": "mse"}, "none", 0),
         ({"objective": "adm"}, "both", 0),
-        ({"objective": "adm", "velocities": "guided"}, "both", 0),
-        ({"objective": "mse", "velocities": "guided"}, "none", 0),
         ({"objective": "own_points"}, "both", 0),
         ({"objective": "own_points"}, "none", 0),
         ({"objective": "adm_score", "score_updates": 2, "rollout_steps": 3}, "both", 0),
@@ -176,38 +170,3 @@ def test_every_sample_of_either_branch_has_a_gradient(whole, objective):
     of_weights = of_text(it.batch.text, it.state["params"])
     through = jnp.abs(of_weights["first"]).sum((0, 1))  # by sample, token and coordinate
     assert through.shape == (BATCH, *TEXT) and float(through.min()) > 1e-6
-
-
-def test_guided_velocities_are_matched_as_the_samplers_make_them(whole):
-    it = whole(settings(objective="mse", velocities="guided"))
-    batch, knobs = it.batch, it.knobs
-    trained = {"params": it.state["params"], "r": it.state["r"]}
-    parts = training.loss(trained, it.recipe, it.state, it.teacher, batch, None, knobs)[1]
-    velocity = network(None, None, it.state["params"], it.state["r"])
-    texts = (batch.text, batch.text_lengths), batch.negative
-    u = rectified.guided(*(velocity(batch.x, batch.t_from, *text) for text in texts), 3.0)
-    np.testing.assert_allclose(parts["mse"], jnp.mean((u - batch.u_teacher) ** 2), rtol=1e-5)
-    for objective in ("own_points", "dmd"):
-        with pytest.raises(UserError, match="is 'guided': choose one of the objectives mse, adm"):
-            recipe_of(settings(objective=objective, velocities="guided"))
-
-
-def test_guided_samples_have_the_guided_velocity_and_both_texts():
-    class Texts(dict):
-        negative = -1
-
-    class Pairs:
-        texts = Texts({0: ("prompt", 1), -1: ("negative", 1)})
-        index = SimpleNamespace(made={"guidance_scale": 3.0})
-
-        def x(self, row):
-            return SimpleNamespace(step=row, prompt=0), np.zeros(SHAPE)
-
-        def velocity(self, row, negative):
-            return np.full(SHAPE, 1.0 if negative else 2.0)
-
-    recipe = recipe_of(settings(objective="adm", velocities="guided"))
-    draw = samples.Draw(Pairs(), recipe, negative_fraction=1.0, own_steps=1)
-    sample = draw(1, np.random.default_rng(0))
-    assert np.all(sample.u_teacher == 1.0 + 3.0 * (2.0 - 1.0))
-    assert (sample.text, sample.negative) == ("prompt", ("negative", 1))

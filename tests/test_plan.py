@@ -21,7 +21,7 @@ from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.layout import gather
 from linvideo_jax.plan import chips, collectives, hlo, planned, simulated
 from linvideo_jax.plan.collectives import Collective
-from linvideo_jax.plan.compiled import Compiled, Held, compile_update, refused
+from linvideo_jax.plan.compiled import Compiled, compile_updates, refused
 
 PROGRAM = r"""HloModule jit_f, num_partitions=8
 
@@ -266,6 +266,18 @@ def test_machines(text, num_chips, is_tpu, one_way):
     assert (machine.num_chips, machine.is_tpu, machine.one_way) == (num_chips, is_tpu, one_way)
 
 
+CONFIG_DMD2 = """
+from ml_collections import ConfigDict
+from configs import digits_dmd2
+
+def get_config():
+    config = digits_dmd2.get_config()
+    config.model = "tiny"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "exchange": "auto"})
+    config.evaluate.update({"height": 32, "width": 32, "num_frames": 5})
+    config.distill.update({"batch_size": 2, "remat": "full"})
+    return config
+"""
 CONFIG = """
 from ml_collections import ConfigDict
 from configs import digits
@@ -302,6 +314,10 @@ def plan(tmp_path, monkeypatch, capsys):
     return plan
 
 
+HELD = {"student's weights": 100, "optimiser": 200, "teacher": 50}
+NOTHING = dict.fromkeys(("mixed", "rounded"), collectives.Communication((), 0))
+
+
 def test_plan_for_a_slice_that_is_not_here(plan):
     code, out, err = plan("v5e:2x2")
     assert (code, err) == (0, "")
@@ -324,24 +340,24 @@ def test_simulated_devices_compile_in_a_process_of_their_own(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.replace('"tiny"', '"wan_digits"'))
     config = config_files.load(str(tmp_path / "config.py"))
     (made,) = simulated.compile_updates(config, 2, (2,))
-    assert made.batch_size == 2 and made.peak > made.held.total > 0
-    assert made.mixed.by_kind()["all-to-all"][0] > made.rounded.by_kind()["all-to-all"][0] > 0
+    assert made.batch_size == 2 and made.peak > made.kept > 0
+    calls = {name: sent.by_kind()["all-to-all"][0] for name, sent in made.sent.items()}
+    assert calls["mixed"] > calls["rounded"] > 0
     # 8 kernels of each of 12 layers (both devices have the text's keys whole); the CPU's own
     # program has no reduce-scatter.
-    assert made.mixed.by_kind()["reduce-scatter"][0] >= 12 * 8
+    assert made.sent["mixed"].by_kind()["reduce-scatter"][0] >= 12 * 8
 
 
 def test_one_simulated_device_has_no_partitioner(plan):
     """`plan`: for the tiny model."""
     config = config_files.changed(config_files.load("config.py"), {"mesh.context": 1})
     mesh = meshes.make({}, jax.devices()[:1])
-    made = compile_update(config, mesh, "cpu", 2, simulated=True)
-    assert made.peak > made.held.total > 0 and made.mixed.by_kind() == {}
+    made = compile_updates(config, mesh, "cpu", 2, simulated=True)
+    assert made.peak > made.kept > 0 and made.sent["mixed"].by_kind() == {}
 
 
 def test_plan_for_gpus_that_are_not_here(plan, monkeypatch):
-    nothing = collectives.Communication((), 0)
-    made = Compiled(2, Held(100, 200, 0, 50, 0), 900, nothing, nothing, "", 1.0)
+    made = Compiled(2, HELD, 900, NOTHING, "", 1.0)
 
     def compiled(config, count, batches):
         return [replace(made, batch_size=batch_size) for batch_size in batches]
@@ -382,16 +398,16 @@ def test_bad_input(plan, machine, flags, message):
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_configuration_without_a_transfer_stage(plan):
+def test_configuration_without_a_stage_that_is_planned(plan):
     root = Path(train.__file__).parent
     code, _, err = plan("v5e:2x2", config=root / "configs/digits_pretrain.py")
-    assert code == 2 and "has no transfer stage, and only that is planned" in err
+    assert code == 2 and "has neither a transfer nor a distill stage, and only these" in err
 
 
 def test_what_does_not_fit_says_what_to_change(plan, monkeypatch):
     """A chip of half a kilobyte, and a program that the compiler refused."""
-    made = Compiled(2, Held(100, 200, 0, 50, 10), 900, None, None, "", 1.0)
-    monkeypatch.setattr(planned, "compile_update", lambda *given: made)
+    made = Compiled(2, HELD | {"batch": 10}, 900, {}, "", 1.0)
+    monkeypatch.setattr(planned, "compile_updates", lambda *given: made)
     monkeypatch.setitem(chips.CHIPS, "v5e", replace(chips.CHIPS["v5e"], hbm=512))
     code, out, _ = plan("v5e:2x2", "--config.transfer.remat=products")
     assert code == 1 and "DOES NOT FIT" in out
@@ -403,18 +419,50 @@ def test_what_does_not_fit_says_what_to_change(plan, monkeypatch):
 
 
 def test_largest_batch_lies_on_the_line_through_two(plan, monkeypatch):
-    nothing = collectives.Communication((), 0)
-
     def compiled(config, mesh, platform, batch_size):
-        held = Held(100, 200, 0, 50, 0)
-        return Compiled(batch_size, held, 400 + 10 * batch_size, nothing, nothing, "", 1.0)
+        return Compiled(batch_size, HELD, 400 + 10 * batch_size, NOTHING, "", 1.0)
 
-    monkeypatch.setattr(planned, "compile_update", compiled)
+    monkeypatch.setattr(planned, "compile_updates", compiled)
     monkeypatch.setitem(chips.CHIPS, "v5e", replace(chips.CHIPS["v5e"], hbm=512))
     code, out, _ = plan("v5e:2x2")
     assert code == 0 and "largest batch that fits: about 10 (a line through batches 2 and 4)" in out
     code, out, _ = plan("v5e:2x2", "--config.transfer.batch_size=24")
     assert code == 1 and "--config.transfer.accumulate=3; --config.transfer.batch_size=10" in out
+
+
+def test_plan_of_a_distillation(plan, tmp_path, monkeypatch):
+    """Both updates of the tiny model, compiled for this machine's device with one batch."""
+    (tmp_path / "config.py").write_text(CONFIG_DMD2)
+    config = config_files.load("config.py")
+    made = compile_updates(config, meshes.make({}, jax.devices()[:1]), "cpu", 2)
+    assert list(made.sent) == ["generator", "fake score"] and made.peak > made.kept
+    # The way to the step that is trained has a length of its own each time.
+    assert all(sent.unknown_loops == 1 for sent in made.sent.values())
+    held = made.held
+    assert held["its average"] == held["generator's weights"]
+    # Two moments for each weight, in float32 as it is; the fake score has no feature maps.
+    assert held["its optimiser"] == pytest.approx(2 * held["generator's weights"], rel=0.01)
+    assert held["fake score, its optimiser"] < 3 * held["generator's weights"]
+
+    def compiled(config, count, batches):
+        return [replace(made, batch_size=batch_size) for batch_size in batches]
+
+    monkeypatch.setattr(simulated, "compile_updates", compiled)
+    code, out, err = plan("h100:2", "--config.distill.start_steps=100")
+    assert (code, err) == (0, "") and "collection" not in out
+    for words in (
+        "tiny, 32 x 32 x 5: 8 tokens; 0 of 1 layers linear (assumed)",
+        "updates: DMD2 to 4 steps, batch 2, adamw, remat full",
+        "the generator at one step of 2",
+        "machine: h100:2, 2 x h100; mesh data:2",
+        "(loops of varying length, 1: counted at its mean)",
+        "100 + 950 + 2,000 updates",
+        "peak (formula)",
+    ):
+        assert words in out
+    monkeypatch.setitem(chips.CHIPS, "h100", replace(chips.CHIPS["h100"], hbm=made.kept * 1.1))
+    code, out, _ = plan("h100:2")
+    assert code == 1 and "accumulate" not in out and "--config.mesh.context=2" in out
 
 
 def test_table_of_plans(tmp_path, capsys):
@@ -429,7 +477,7 @@ def test_table_of_plans(tmp_path, capsys):
         "|  | 96 to 180 | 1 to 10 | 0.1 to 0.2 |"
     )
     assert plans.main(["plans.py", f"--out={tmp_path}/plans.json", "--only=v9:1"]) == 2
-    assert "--only=v9:1: choose one of h100:32, h100:8, v5e:4x4" in capsys.readouterr().err
+    assert "--only=v9:1: choose one of h100:32, h100:64, h100:8, v5e:4x4" in capsys.readouterr().err
 
 
 def test_without_the_compiler_of_tpus(plan, monkeypatch):

@@ -24,7 +24,6 @@ class Recipe(NamedTuple):
     t_to: str = "next"
     objective: str = "adm"
     velocity: str = "stored"
-    velocities: str = "branch"
     sigmas: tuple = SIGMAS
     steps: int = STEPS
     has_score_network: bool = False

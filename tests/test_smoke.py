@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import train
@@ -111,13 +110,9 @@ def test_wan_step_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     assert wan_step.main([*argv, "--remat=some"]) == 2
 
 
-def test_it_rehearses_the_map_and_the_velocities_that_are_asked_for():
+def test_it_rehearses_the_map_that_is_asked_for():
     config = config_files.load(str(wan_step.CONFIG))
     config.model = "wan_digits"
-    config.transfer.update(feature_map="relu", velocities="guided", objective="mse")
-    given = rehearsal.problem(config)
-    recipe = rehearsal.recipe(config, given, meshes.make({}))
+    config.transfer.feature_map = "relu"
+    recipe = rehearsal.recipe(config, rehearsal.problem(config), meshes.make({}))
     assert (recipe.student.feature_map, recipe.teacher.feature_map) == ("relu", None)
-    batch = rehearsal.batch(config, recipe, given, np.random.default_rng(0))
-    negative, lengths = batch.negative
-    assert negative.shape == batch.text.shape and lengths.shape == (recipe.batch_size,)

@@ -16,6 +16,7 @@ from linvideo_jax.models import registry, wan
 from linvideo_jax.models.module import bind, shapes
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.plan import stages
 from linvideo_jax.transfer import training
 
 SIZES = {
@@ -113,6 +114,27 @@ def test_an_update_has_the_products_that_are_counted(planned, objective, remat):
     # Counted too many: gradients of inputs that nobody asks for.
     assert counted.total == pytest.approx(products(traced), rel=4e-3)
     assert counted.model == counted.total - counted.recomputed > counted.forward > 0
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_distillation_has_the_products_that_are_counted(planned, remat):
+    planned()  # for the tiny model
+    config = config_files.load("configs/digits_dmd2.py")
+    config.model = "tiny"
+    config.evaluate.height = config.evaluate.width = 192
+    config.distill.update({"batch_size": 2, "remat": remat, "start_steps": 100})
+    stage, mesh = stages.of(config), AbstractMesh((1,) * len(meshes.AXES), meshes.AXES)
+    recipe = stage.recipe(mesh, 2)
+    layers = Layers(0, 0, 3)  # `products` takes the costliest branch, the mixed one
+    counted = step_flops.distillation(recipe, stage.given.size, layers)
+    run = 2 * layers.forward(recipe.student, stage.given.size).total
+    for program in stage.programs(recipe, mesh):
+        (name,) = program.counted
+        traced = jax.make_jaxpr(program.update, static_argnums=0)(recipe, *program.arguments)
+        # `products` counts the way to the step that is trained once, and not as often as usual.
+        way = 0 if name == "start" else (program.loops - 1) * run
+        assert counted[name].total - way == pytest.approx(products(traced), rel=4e-3)
+    assert program.loops == 1.5 and name == "start"
 
 
 def test_one_layer_as_xla_counts_it():

@@ -311,7 +311,7 @@ def test_score_networks_that_do_not_match_are_refused(trained, teacher, tmp_path
     [
         ("objective", "kl", "objective is 'kl': choose one of adm, adm_score, mse, own_points"),
         ("t_to", "far", "t_to is 'far': choose one of next, uniform"),
-        ("weighting", "none", "weighting is 'none': choose one of paper, clipped, normalised"),
+        ("weighting", "none", "weighting is 'none': choose one of paper, clipped"),
         ("score_updates", 0, "score_updates is 0: choose 1 or more"),
         ("selection", "none", "selection is 'none': choose one of selective, manual, grid, random"),
         ("selection", "grid", "profile.json is missing: put the stage profile before transfer"),

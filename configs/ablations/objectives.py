@@ -33,15 +33,12 @@ def get_config() -> ConfigDict:
         ("mse_slow", {"transfer.objective": "mse", **slow}),  # what slow alone does
         ("adm_no_anchor", {"transfer.beta": 0.0}),
         ("adm_paper_weight", {"transfer.weighting": "paper"}),
-        ("adm_normalised", {"transfer.weighting": "normalised"}),
         ("adm_uniform_t", {"transfer.t_to": "uniform"}),
         # On a GPU prototype own points mended motion and lost digits: hence smaller shares.
         ("own_next", {**own, "transfer.own_steps": 1}),
         ("own_few", {**own, "transfer.own_steps": 4}),
         ("own_whole", {**own, "transfer.own_steps": 20}),  # the grid's length: from noise
         ("own_whole_fifth", {**own, "transfer.own_steps": 20, "transfer.own_share": 0.2}),
-        ("mse_guided", {"transfer.objective": "mse", "transfer.velocities": "guided"}),
-        ("adm_guided", {"transfer.velocities": "guided"}),
         ("adm_score", {"transfer.objective": "adm_score"}),
         # One Euler step to the critic's samples: the cost is nearest the paper's factor of 4.4.
         ("adm_score_short", {"transfer.objective": "adm_score", "transfer.rollout_steps": 1}),

@@ -14,7 +14,6 @@ def get_config() -> ConfigDict:
     config = common.get_config()
     mse = {"transfer.objective": "mse"}
     alternate = selection.BY_HAND[6]["alternate"]
-    normalised = {"transfer.weighting": "normalised"}
     own = {"transfer.objective": "own_points"}
     config.sweep = (
         ("mse", mse),
@@ -28,11 +27,6 @@ def get_config() -> ConfigDict:
         ("mse_alternate", {**mse, "transfer.selection": "manual", "transfer.layers": alternate}),
         ("mse_4500", {**mse, "transfer.num_steps": 4500}),
         ("mse_4500_rate_3e-3", {**mse, "transfer.num_steps": 4500, "transfer.learning_rate": 3e-3}),
-        ("mse_guided", {**mse, "transfer.velocities": "guided"}),
-        ("adm_normalised", normalised),
-        ("adm_normalised_beta_fifth", {**normalised, "transfer.beta": 0.2}),
-        ("adm_normalised_rate_3e-3", {**normalised, "transfer.learning_rate": 3e-3}),
-        ("adm_normalised_negative_third", {**normalised, "transfer.negative_fraction": 0.33}),
         ("own_next", own),
         ("own_few", {**own, "transfer.own_steps": 4}),
         ("own_few_rewound", {**own, "transfer.own_steps": 4, "transfer.rewind": True}),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import TEXT_TOKENS, WanConfig
+from linvideo_jax.transfer import distill_training
 from linvideo_jax.transfer.recipe import Recipe
 
 
@@ -113,6 +114,26 @@ def update(recipe: Recipe, size: Size, layers: Layers, batch: int) -> Work:
     if recipe.velocity == "teacher" and recipe.objective != "own_points":
         sample += ask  # of the velocities that are not stored
     return batch * sample
+
+
+def distillation(recipe: distill_training.Recipe, size: Size, layers: Layers) -> dict[str, Work]:
+    """One update of stage distill by name, on all chips together; layers: of the student.
+
+    "generator": the way to a random step, the student's gradient there, the fake score and both
+    halves of the guided teacher. "fake score": the way, the student's sample, the fake score's
+    gradient. "start": the guided teacher's sampling, and the student's gradient.
+    """
+    whole = Layers(recipe.teacher.num_layers, 0, 0)
+    run, ask = layers.forward(recipe.student, size), whole.forward(recipe.teacher, size)
+    train = gradient(recipe.student, size, layers, recipe.remat)
+    way = (len(recipe.sigmas) - 2) / 2 * run  # the mean over the steps
+    critic = gradient(recipe.fake, size, whole, recipe.remat)
+    samples = {
+        "generator": way + train + 3 * ask,
+        "fake score": way + run + critic,
+        "start": 2 * (len(recipe.start_sigmas) - 1) * ask + train,
+    }
+    return {name: recipe.batch_size * work for name, work in samples.items()}
 
 
 def warmup(recipe: Recipe, size: Size, batch: int) -> Work:

@@ -41,7 +41,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Communication:
-    """All of a program; unknown_loops: loops of unknown length, whose body was counted once."""
+    """All of a program; unknown_loops: loops of unknown length, counted as `count` was told."""
 
     collectives: tuple[Collective, ...]
     unknown_loops: int
@@ -65,13 +65,15 @@ def count(
     num_devices: int,
     branches: Sequence[float] | None = None,
     partitioned: bool = False,
+    loops: float = 1.0,
 ) -> Communication:
     """Counts the collectives of `compiled.as_text()`, bodies of loops times their trip counts.
 
     num_devices: of the program, for instructions whose group is everyone. branches: how often each
     branch is taken in conditionals that have so many; in all others, the branch that sends most.
     partitioned: the text is what the partitioner gave and compilers for GPUs go on from: they make
-    a reduce-scatter of an all-reduce of which each device keeps a part.
+    a reduce-scatter of an all-reduce of which each device keeps a part. loops: how often a loop of
+    unknown length runs.
     """
     program = hlo.parse(text)
     unknown = []
@@ -85,7 +87,7 @@ def count(
                     if trips is None:
                         unknown.append(instruction.name)
                     inside = walk(instruction.called("body")[0])
-                    found += [replace(one, times=one.times * (trips or 1)) for one in inside]
+                    found += [replace(one, times=one.times * (trips or loops)) for one in inside]
                 case "conditional":
                     found += branch(instruction)
                 case "call":

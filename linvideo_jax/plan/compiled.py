@@ -1,10 +1,9 @@
-"""The update of a run, compiled and not run: memory and communication of one chip."""
+"""The updates of a run, compiled and not run: memory and communication of one chip."""
 
-import math
 import re
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 from kernels.dispatch import compiling_for
-from linvideo_jax import rehearsal
-from linvideo_jax.plan import collectives
+from linvideo_jax.plan import collectives, stages
 from linvideo_jax.plan.collectives import Communication
-from linvideo_jax.transfer import training
-from linvideo_jax.transfer.recipe import Recipe
 
 _TOO_LARGE = (
     # What was needed, what there is.
@@ -27,84 +23,69 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes on one chip, from shapes and shardings alone, of what lives from update to update."""
-
-    parameters: int
-    optimiser: int
-    other: int  # scores, moving average, what an objective keeps
-    teacher: int
-    batch: int
-
-    @property
-    def total(self) -> int:
-        """Of all of them."""
-        return self.parameters + self.optimiser + self.other + self.teacher + self.batch
-
-
-@dataclass(frozen=True)
 class Compiled:
-    """One compilation of the update; bytes are of one chip, communication of one update.
+    """One compilation of a stage's updates; bytes are of one chip.
 
-    peak: all that the program needs at once. mixed, rounded: while every layer computes both
-    attentions, and after the scores are rounded; None if the compiler refused the program because
-    it does not fit, and then `held` and `peak` are all that is known. kernels: of attention, in
-    words.
+    held: by name, from shapes and shardings alone, of what lives from update to update. peak: all
+    that the largest program needs at once. sent: the communication of one update by name (as
+    `Program.counted`); empty if the compiler refused a program because it does not fit, and then
+    `held` and `peak` are all that is known. kernels: of attention, in words.
     """
 
     batch_size: int
-    held: Held
+    held: dict[str, int]
     peak: int
-    mixed: Communication | None
-    rounded: Communication | None
+    sent: dict[str, Communication]
     kernels: str
     seconds: float
 
     @property
+    def kept(self) -> int:
+        """All of what lives from update to update."""
+        return sum(self.held.values())
+
+    @property
     def temporaries(self) -> int:
         """Activations, gradients, gathered layers and what the compiler adds."""
-        return self.peak - self.held.total
+        return self.peak - self.kept
 
 
-def compile_update(
+def compile_updates(
     config, mesh: Mesh, platform: str, batch_size: int, simulated: bool = False
 ) -> Compiled:
-    """Compiles `training.update` for a mesh of devices, real or described.
+    """Compiles a stage's updates for a mesh of devices, real or described.
 
     platform: "tpu", "gpu" or "cpu". simulated: CPU devices stand for others, so communication is
     counted in what the partitioner made: the CPU's own passes widen bfloat16 and sum in whole.
-    UserError as `rehearsal.problem` and `rehearsal.recipe`.
+    UserError as `stages.of` and `Stage.recipe`.
     """
     began = time.time()
     simulated = simulated and mesh.size > 1  # for one device XLA runs no partitioner
-    given = rehearsal.problem(config)
-    recipe = rehearsal.recipe(config, given, mesh)
-    recipe = replace(recipe, batch_size=batch_size)
-    arguments = rehearsal.arguments(config, recipe, given, mesh)
-    held = _held(arguments)
-    with compiling_for(platform), tempfile.TemporaryDirectory() as folder:
-        lowered = training.update.lower(recipe, *arguments)
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        try:
-            program = lowered.compile(compiler_options=dump if simulated else None)
-        except jax.errors.JaxRuntimeError as error:
-            peak = refused(str(error))
-            if peak is None:
-                raise
-            return Compiled(batch_size, held, peak, None, None, "", time.time() - began)
-        text, memory = program.as_text(), program.memory_analysis()
-        if simulated:
-            (made,) = Path(folder).glob("*update*.after_spmd-partitioning.*.txt")
-            text = made.read_text()
-    return Compiled(
-        batch_size,
-        held,
-        _peak(memory, platform),
-        collectives.count(text, mesh.size, (0, 0, 1), simulated),
-        collectives.count(text, mesh.size, _shares(config, recipe), simulated),
-        _kernels(text),
-        time.time() - began,
-    )
+    stage = stages.of(config)
+    recipe = stage.recipe(mesh, batch_size)
+    programs = stage.programs(recipe, mesh)
+    held, peak, sent, kernels = stage.held(programs), 0, {}, ""
+    for program in programs:
+        with compiling_for(platform), tempfile.TemporaryDirectory() as folder:
+            lowered = program.update.lower(recipe, *program.arguments)
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+            try:
+                made = lowered.compile(compiler_options=dump if simulated else None)
+            except jax.errors.JaxRuntimeError as error:
+                needed = refused(str(error))
+                if needed is None:
+                    raise
+                seconds = time.time() - began
+                return Compiled(batch_size, held, max(peak, needed), {}, "", seconds)
+            text, memory = made.as_text(), made.memory_analysis()
+            kernels = kernels or _kernels(text)
+            if simulated:
+                (dumped,) = Path(folder).glob("*update*.after_spmd-partitioning.*.txt")
+                text = dumped.read_text()
+        peak = max(peak, _peak(memory, platform))
+        for name, shares in program.counted.items():
+            sent[name] = collectives.count(text, mesh.size, shares, simulated, program.loops)
+    return Compiled(batch_size, held, peak, sent, kernels, time.time() - began)
 
 
 def _peak(memory: Any, platform: str) -> int:
@@ -120,29 +101,6 @@ def _kernels(text: str) -> str:
     softmax = "splash" if "splash" in text else "plain JAX, a part of the queries at a time"
     linear = "Pallas" if "state_kernel" in text else "plain JAX"
     return f"softmax by {softmax}, linear by {linear}"
-
-
-def _shares(config, recipe: Recipe) -> tuple[float, float, float]:
-    """How often a layer is softmax, linear and mixed after rounding, in the order of `wan`."""
-    linear = config.transfer.target / recipe.student.num_layers
-    return 1 - linear, linear, 0.0
-
-
-def _held(arguments: tuple[Any, ...]) -> Held:
-    state, teacher, batch, *_ = arguments
-    parts = {name: _bytes(tree) for name, tree in state.items()}
-    parameters = parts.pop("params")
-    optimiser = parts.pop("optimizer") + parts.pop("warmup")
-    return Held(parameters, optimiser, sum(parts.values()), _bytes(teacher), _bytes(batch))
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes on one chip of a tree of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    )
 
 
 def refused(message: str) -> int | None:

@@ -18,26 +18,24 @@ def text(plan: Plan) -> str:
     parts = [_header(plan), _memory(plan), _work(plan), _communication(plan)]
     if plan.machine.chip.flops:
         parts.append(_times(plan))
-    parts.append(_collection(plan))
+    if plan.stage.collection is not None:
+        parts.append(_collection(plan))
     if not plan.fits:
         parts.append("It does not fit. Change one of: " + "; ".join(advice.changes(plan)) + ".")
     return "\n\n".join(parts)
 
 
 def _header(plan: Plan) -> str:
-    sampling, recipe = plan.given.sampling, plan.recipe
-    size = "{width} x {height} x {num_frames}".format(**sampling)
+    given, recipe = plan.stage.given, plan.recipe
+    size = "{width} x {height} x {num_frames}".format(**given.sampling)
     mesh = ", ".join(f"{name}:{size}" for name, size in plan.sizes.items())
     if isinstance(recipe.layout, MeshLayout) and plan.sizes["context"] > 1:
         mesh += f", exchange {recipe.layout.exchange}"
-    target = plan.config.transfer.target
+    layers, update = plan.stage.about(recipe)
     return "\n".join(
         [
-            f"{plan.config.model}, {size}: {plan.given.size.tokens:,} tokens; "
-            f"{target} of {recipe.student.num_layers} layers linear",
-            f"update: {recipe.objective}, batch {recipe.batch_size} in {recipe.accumulate} part"
-            f"{'s' * (recipe.accumulate > 1)}, {recipe.optimizer}, remat {recipe.remat}, "
-            f"products in {recipe.dtype}",
+            f"{plan.config.model}, {size}: {given.size.tokens:,} tokens; {layers}",
+            update,
             f"machine: {plan.machine.text}, {plan.machine.num_chips} x {plan.machine.chip.name}; "
             f"mesh {mesh}",
             f"attention compiled: {plan.chosen.kernels or (plan.other and plan.other.kernels)}",
@@ -46,14 +44,8 @@ def _header(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    held, chosen = plan.chosen.held, plan.chosen
-    rows = [
-        ("student's weights", held.parameters),
-        ("optimiser", held.optimiser),
-        ("other state", held.other),
-        ("teacher", held.teacher),
-        ("batch", held.batch),
-    ]
+    chosen = plan.chosen
+    rows = list(chosen.held.items())
     limit = plan.limit / GIB
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     if plan.formula is None:
@@ -81,15 +73,14 @@ def _memory(plan: Plan) -> str:
 
 def _work(plan: Plan) -> str:
     lines = ["FLOPs of one update, all chips, TFLOP (our count: products of forward and backward):"]
-    names = "warm-up", "mixed layers", "rounded layers"
-    for name, work in zip(
-        names, (plan.steps.warmup, plan.steps.mixed, plan.steps.rounded), strict=True
-    ):
+    for phase in plan.phases:
+        work = phase.work
         lines.append(
-            f"  {name:<16}{_number(work.model / 1e12):>9} and {_number(work.recomputed / 1e12)} "
-            f"computed again; {_number(work.total / 1e12 / plan.machine.num_chips)} a chip"
+            f"  {phase.name:<16}{_number(work.model / 1e12):>9} and "
+            f"{_number(work.recomputed / 1e12)} computed again; "
+            f"{_number(work.total / 1e12 / plan.machine.num_chips)} a chip"
         )
-    if plan.recipe.optimizer == "muon":
+    if plan.stage.settings.get("optimizer") == "muon":
         muon = _number(step_flops.muon(plan.recipe.student) / 1e12)
         lines.append(f"  Muon's orthogonalisation adds {muon} a step, whatever the batch")
     return "\n".join(lines)
@@ -98,31 +89,29 @@ def _work(plan: Plan) -> str:
 def _communication(plan: Plan) -> str:
     program = "the compiled program" if plan.formula is None else "what XLA's partitioner made"
     lines = [f"sent by one chip in one update (counted in {program}, loops included):"]
-    for name, part in zip(("mixed", "rounded"), plan.communication, strict=True):
-        if part is None:
-            return lines[0] + "\n  not known: the compiler refused the program"
+    if not plan.sent:
+        return lines[0] + "\n  not known: the compiler refused the program"
+    for name, part in plan.sent.items():
         for kind, (calls, sent) in part.by_kind().items():
-            lines.append(f"  {name:<9}{kind:<20}{calls:7,.0f} calls {_number(sent / GIB):>9} GiB")
+            lines.append(f"  {name:<12}{kind:<20}{calls:7,.0f} calls {_number(sent / GIB):>9} GiB")
         if not part.by_kind():
-            lines.append(f"  {name:<9}nothing")
+            lines.append(f"  {name:<12}nothing")
         if part.unknown_loops:
-            lines.append(f"  ({part.unknown_loops} loops of unknown length are counted once)")
+            lines.append(f"  (loops of varying length, {part.unknown_loops}: counted at its mean)")
     return "\n".join(lines)
 
 
 def _times(plan: Plan) -> str:
     chip = plan.machine.chip
-    warmup, mixed, rounded = plan.step_seconds
-    first, second, third = plan.steps.counts
     slow, fast = plan.machine.one_way
     low, high = chip.efficiency
-    known = plan.communication[0] is not None
+    each = ", ".join(f"{name} {_seconds(value)}" for name, value in plan.update_seconds.items())
+    counts = " + ".join(f"{phase.count:,}" for phase in plan.phases)
     return "\n".join(
         [
-            "time: a model, not a measurement" + ("" if known else "; without communication"),
-            f"  a step: warm-up {_seconds(warmup)}, mixed {_seconds(mixed)}, rounded "
-            f"{_seconds(rounded)}",
-            f"  {first:,} + {second:,} + {third:,} steps: {_long(plan.training_seconds)}",
+            "time: a model, not a measurement" + ("" if plan.sent else "; without communication"),
+            f"  an update: {each}",
+            f"  {counts} updates: {_long(plan.training_seconds)}",
             f"  assumed: {low:.0%} to {high:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s; "
             f"{slow / 1e9:.0f} to {fast / 1e9:.0f} GB/s sent by a chip, fast end overlapped with "
             "arithmetic, slow end after it; no compilation, reading, checkpoints",
@@ -131,12 +120,12 @@ def _times(plan: Plan) -> str:
 
 
 def _collection(plan: Plan) -> str:
-    sampling, collect = plan.given.sampling, plan.config.collect
+    sampling, collect = plan.stage.given.sampling, plan.config.collect
     steps = sampling["num_inference_steps"]
-    frames, height, width, channels = plan.given.latent_shape
+    frames, height, width, channels = plan.stage.given.latent_shape
     arrays = len(FIELDS[collect.store_velocity]) if collect.mode == "stored" else 0
     stored = collect.num_videos * steps * arrays * 2 * frames * height * width * channels
-    work = plan.collection.total
+    work = plan.stage.collection.total
     lines = [
         f"collection: {collect.num_videos:,} videos of {steps} guided steps, "
         f"{_number(work / 1e18)} EFLOP, about {_number(work / H100 / _HOUR)} H100-hours; "

@@ -8,17 +8,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from linvideo_jax import rehearsal
-from linvideo_jax.metrics.step_flops import Work
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.placement import check_batch
-from linvideo_jax.plan import chips, memory, simulated, times
+from linvideo_jax.plan import chips, simulated, stages, times
 from linvideo_jax.plan.chips import Machine
 from linvideo_jax.plan.collectives import Communication
-from linvideo_jax.plan.compiled import Compiled, compile_update
-from linvideo_jax.plan.times import Range, Steps
-from linvideo_jax.rehearsal import Problem
-from linvideo_jax.transfer.recipe import Recipe
+from linvideo_jax.plan.compiled import Compiled, compile_updates
+from linvideo_jax.plan.stage import Phase, Stage
+from linvideo_jax.plan.times import Range
 
 # Of the memory of a GPU or a host; a TPU's compiler knows what is reserved there. The programs let
 # JAX have 2% more of a GPU (device_memory.SHARE), for what its allocator cannot use.
@@ -31,21 +28,20 @@ class Plan:
 
     sizes: of the mesh's axes. chosen: the compilation at the configuration's batch size, other: at
     another one, None if it was of no use. estimate, other_estimate: for these two, bytes by name,
-    by `memory.estimate`, which stands for the compiler's where that is not here (`formula`). unit:
+    by `Stage.estimate`, which stands for the compiler's where that is not here (`formula`). unit:
     samples of the smallest batch of which every chip has a part.
     """
 
     config: Any
     machine: Machine
-    given: Problem
-    recipe: Recipe
+    stage: Stage
+    recipe: Any
     sizes: dict[str, int]
     chosen: Compiled
     other: Compiled | None
     estimate: dict[str, int]
     other_estimate: dict[str, int] | None
-    steps: Steps
-    collection: Work
+    phases: tuple[Phase, ...]
     unit: int
 
     @property
@@ -83,79 +79,67 @@ class Plan:
         return max(math.floor(room / self.unit) * self.unit, 0)
 
     @property
-    def communication(self) -> tuple[Communication | None, Communication | None]:
-        """Of one update with mixed and with rounded layers; the other compilation's where the
-        chosen one was refused."""
-        known = [one for one in (self.chosen, self.other) if one is not None and one.mixed]
-        return (known[0].mixed, known[0].rounded) if known else (None, None)
+    def sent(self) -> dict[str, Communication]:
+        """Of one update by name (`Phase.sent`); the other compilation's where the chosen one was
+        refused, and empty where both were."""
+        return self.chosen.sent or (self.other.sent if self.other else {})
 
     @property
-    def step_seconds(self) -> tuple[Range, Range, Range]:
-        """Of an update in the warm-up, with mixed layers, and after rounding."""
-        mixed, rounded = self.communication
-        work = self.steps.warmup, self.steps.mixed, self.steps.rounded
-        sent = mixed, mixed, rounded  # the warm-up sends less than that
-        return tuple(
-            times.seconds(one, self.machine, part) for one, part in zip(work, sent, strict=True)
-        )
+    def update_seconds(self) -> dict[str, Range]:
+        """Of one update of each phase."""
+        return {
+            phase.name: times.seconds(phase.work, self.machine, self.sent.get(phase.sent))
+            for phase in self.phases
+        }
 
     @property
     def training_seconds(self) -> Range:
-        """Of stage transfer, without compilation, checkpoints and reading."""
-        return times.total(list(zip(self.steps.counts, self.step_seconds, strict=True)))
+        """Of the stage, without compilation, checkpoints and reading."""
+        seconds = self.update_seconds
+        return times.total([(phase.count, seconds[phase.name]) for phase in self.phases])
 
     @property
-    def collection_seconds(self) -> Range:
-        """Of stage collect, without text encoding and writing."""
-        return times.seconds(self.collection, self.machine)
+    def collection_seconds(self) -> Range | None:
+        """Of stage collect, without text encoding and writing; None if the stage needs no pairs."""
+        work = self.stage.collection
+        return None if work is None else times.seconds(work, self.machine)
 
 
 def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
     """Compiles for the machine that `text` names: `chips.machine`, or "here".
 
     say: is told before what takes long. UserError for a machine or a mesh that is none, and for a
-    configuration without stage transfer.
+    configuration without a stage that is planned.
     """
-    given = rehearsal.problem(config)
+    stage = stages.of(config)
     machine = chips.here() if text == "here" else chips.machine(text)
     sizes = meshes.resolve(meshes.of_config(config), machine.num_chips)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    check_batch(mesh, config.transfer.batch_size, config.transfer.accumulate)
-    recipe = rehearsal.recipe(config, given, mesh)
-    unit = sizes["data"] * sizes["fsdp"] * recipe.accumulate
-    batch = recipe.batch_size
+    batch = stage.settings.batch_size
+    check_batch(mesh, batch, stage.accumulate)
+    recipe = stage.recipe(mesh, batch)
+    unit = sizes["data"] * sizes["fsdp"] * stage.accumulate
     # A second one gives the line on which larger batches lie.
     batches = batch, unit if batch > unit else 2 * unit
     if text == "here" or machine.is_tpu:
         devices = jax.devices() if text == "here" else chips.tpu_devices(machine)
         chosen, other = _compiled(config, meshes.make(sizes, devices), batches, machine, say)
     else:
-        say(f"compiling the update for {machine.num_chips} simulated devices ...")
+        say(f"compiling the updates for {machine.num_chips} simulated devices ...")
         chosen, other = simulated.compile_updates(config, machine.num_chips, batches)
     estimates = [
-        one and memory.estimate(replace(recipe, batch_size=one.batch_size), given, mesh, one.held)
+        one and stage.estimate(replace(recipe, batch_size=one.batch_size), mesh, one.held)
         for one in (chosen, other)
     ]
-    return Plan(
-        config,
-        machine,
-        given,
-        recipe,
-        sizes,
-        chosen,
-        other,
-        *estimates,
-        times.steps(config, recipe, given),
-        times.collection(config, recipe, given),
-        unit,
-    )
+    phases = stage.phases(recipe)
+    return Plan(config, machine, stage, recipe, sizes, chosen, other, *estimates, phases, unit)
 
 
 def _compiled(config, mesh, batches, machine, say) -> tuple[Compiled, Compiled | None]:
     platform = mesh.devices.flat[0].platform
-    say(f"compiling the update for {machine.text}, batch {batches[0]} ...")
-    chosen = compile_update(config, mesh, platform, batches[0])
-    if chosen.mixed is None and batches[1] > batches[0]:
+    say(f"compiling the updates for {machine.text}, batch {batches[0]} ...")
+    chosen = compile_updates(config, mesh, platform, batches[0])
+    if not chosen.sent and batches[1] > batches[0]:
         return chosen, None  # what is larger does not fit either
     say(f"compiled in {chosen.seconds:.0f} s; again, batch {batches[1]} ...")
-    return chosen, compile_update(config, mesh, platform, batches[1])
+    return chosen, compile_updates(config, mesh, platform, batches[1])

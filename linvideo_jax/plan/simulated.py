@@ -10,11 +10,12 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 
+from linvideo_jax.plan import compiled
 from linvideo_jax.plan.compiled import Compiled
 
 
 def compile_updates(config, num_devices: int, batch_sizes: tuple[int, ...]) -> list[Compiled]:
-    """`compile_update` on a mesh of simulated devices, for each of the batch sizes."""
+    """`compiled.compile_updates` on a mesh of simulated devices, for each of the batch sizes."""
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(num_devices),
@@ -33,10 +34,9 @@ def compile_updates(config, num_devices: int, batch_sizes: tuple[int, ...]) -> l
 
 def _here(config, batch_sizes: tuple[int, ...]) -> list[Compiled]:
     from linvideo_jax.parallel import mesh as meshes
-    from linvideo_jax.plan.compiled import compile_update
 
     mesh = meshes.from_config(config)
     return [
-        compile_update(config, mesh, "cpu", batch_size, simulated=True)
+        compiled.compile_updates(config, mesh, "cpu", batch_size, simulated=True)
         for batch_size in batch_sizes
     ]

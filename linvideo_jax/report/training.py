@@ -22,6 +22,7 @@ _NAMES = {
     "alpha": "alpha, the regulariser's sharpness",
     "mixed_layers": "Layers still mixed",
     "generator_loss": "Loss of the generator (DMD2); its size says little",
+    "regression": "Squared distance to the teacher's samples, of the first step in the start",
     "sample_deviation": "Standard deviation of the generator's samples",
     "exit_step": "Step of the sampling that was trained (from 0)",
     "gradient_norm": "Gradient norm",

@@ -5,6 +5,7 @@ Two networks are trained in turn, the fake score at every step and the generator
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ def run(config, workdir: Path) -> None:
     check_student(student, teacher, settings)
     placement = Placement.of(config, heads_of(student, teacher))
     beside = transfer.Beside.of(config.checkpoint)
-    sampling = few_step_sampling(teacher, settings)
+    sampling = few_step_sampling(teacher.sampling, settings)
     pipeline = Pipeline(turns.open_folder(config.teacher), config.dtype)
     shape = pipeline.latent_shape(sampling)
     prompts = Prompts(config.prompts, pipeline, sampling.negative_prompt, settings.batch_size)
@@ -55,7 +56,7 @@ def run(config, workdir: Path) -> None:
         dtype=config.dtype,
         layout=placement.layout,
     )
-    recipe = replace(recipe, **start_sampling(teacher, settings))
+    recipe = replace(recipe, **start_sampling(teacher.sampling, settings))
     fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
     schedule = optimizers.warmup_cosine(
         1.0, settings.num_steps, settings.lr_warmup_steps, settings.final_learning_rate
@@ -119,6 +120,7 @@ def run(config, workdir: Path) -> None:
     weights = whole(state["ema"])
     if not hosts.is_first():
         return
+    monitoring.warn_of_a_flat_start(folder)
     report.write(workdir)
     beside.save(
         workdir / "final",
@@ -197,8 +199,11 @@ def heads_of(student: checkpoints.Checkpoint, teacher: checkpoints.Checkpoint) -
     return math.gcd(*(one.wan_config.num_attention_heads for one in (student, teacher)))
 
 
-def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
-    """How the generator is sampled, in training and after; UserError for a list that cannot be."""
+def few_step_sampling(teacher: Mapping[str, Any], settings) -> Settings:
+    """How the generator is sampled, in training and after; UserError for a list that cannot be.
+
+    teacher: how that one is sampled, by name.
+    """
     steps = tuple(settings.denoising_steps)
     few = {
         "sampler": settings.sampler,
@@ -207,13 +212,13 @@ def few_step_sampling(teacher: checkpoints.Checkpoint, settings) -> Settings:
         "guidance_scale": 1.0,
         "flow_shift": settings.flow_shift if settings.warp_steps else 1.0,
     }
-    return Settings(**overridden(teacher.sampling, settings.sampling.to_dict() | few))
+    return Settings(**overridden(teacher, settings.sampling.to_dict() | few))
 
 
-def start_sampling(teacher: checkpoints.Checkpoint, settings) -> dict[str, Any]:
+def start_sampling(teacher: Mapping[str, Any], settings) -> dict[str, Any]:
     """How the teacher is sampled for the start, as fields of a Recipe: its own way, fewer steps."""
     steps = {"num_inference_steps": settings.start_sampling_steps}
-    sampling = Settings(**overridden(teacher.sampling, settings.sampling.to_dict() | steps))
+    sampling = Settings(**overridden(teacher, settings.sampling.to_dict() | steps))
     return {
         "start_sampler": sampling.sampler,
         "start_sigmas": tuple(sampling.sigmas().tolist()),

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.transfer import training
 
+FLAT = 0.7  # trainings that stayed at the mean had 0.4 of the later steps' deviation, others 0.9
 FACTS, SAMPLES = "facts.json", "samples"
 FRAMES_SHOWN = 4
 LARGEST_SIDE = 240  # px of a frame in a contact sheet
@@ -73,6 +75,25 @@ def frozen_layers(until: int) -> Callable[[int, Any], None]:
         before = mode
 
     return log
+
+
+def warn_of_a_flat_start(folder: Path) -> None:
+    """Warns if a distilled model's first step has stayed near the mean of what prompts allow.
+
+    By the standard deviation of its samples in the second half of the log, beside the later steps'.
+    """
+    log = [line for line in loop.read_metrics(folder) if "sample_deviation" in line]
+    first, later = [], []
+    for line in log[len(log) // 2 :]:
+        (later if line["exit_step"] else first).append(line["sample_deviation"])
+    if first and later and median(first) < FLAT * median(later):
+        logging.warning(
+            "samples of the first step have a standard deviation of %.2f, those of later steps "
+            "%.2f: it has stayed near the mean of what a prompt allows. Train again with a smaller "
+            "distill.generator_every, or with distill.start_steps.",
+            median(first),
+            median(later),
+        )
 
 
 class Samples:

@@ -43,17 +43,13 @@ def weigh(difference: Latents, t: Times, weighting: str, largest: float = 4.0) -
     """Scales the score difference against its growth as t falls to 0.
 
     paper: as it is. clipped: the factor (1 - t) / t is held at `largest`.
-    normalised: DMD's, each sample divided by its mean absolute value.
     """
     if weighting == "paper":
         return difference
     if weighting == "clipped":
         factor = (1.0 - t) / t
         return difference * _per_sample(jnp.minimum(1.0, largest / jnp.maximum(factor, 1e-6)))
-    if weighting == "normalised":
-        size = jnp.mean(jnp.abs(difference), axis=(1, 2, 3, 4), keepdims=True)
-        return difference / jnp.maximum(size, 1e-6)
-    raise UserError(f"transfer.weighting is {weighting!r}: choose paper, clipped or normalised.")
+    raise UserError(f"transfer.weighting is {weighting!r}: choose paper or clipped.")
 
 
 def _matching(

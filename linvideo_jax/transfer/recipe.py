@@ -17,13 +17,11 @@ from linvideo_jax.transfer import scores
 # Each is described in docs/method.md and is one function of objectives.py or samples.py.
 OBJECTIVES = ("adm", "adm_score", "mse", "own_points", "dmd")
 WITH_SCORE_NETWORK = ("adm_score", "dmd")
-GUIDED = ("mse", "adm")  # also with guided velocities, a row of the ablation
 ONLY_VELOCITY = ("mse", "own_points")  # the others need it for the anchor alone
 CHOICES = {
     "objective": OBJECTIVES,
     "t_to": ("next", "uniform"),
-    "weighting": ("paper", "clipped", "normalised"),
-    "velocities": ("branch", "guided"),
+    "weighting": ("paper", "clipped"),
     "optimizer": OPTIMIZERS,
     "remat": remat.POLICIES,
 }
@@ -48,7 +46,6 @@ class Recipe:
     objective: str
     t_to: str
     weighting: str
-    velocities: str
     optimizer: str
     remat: str
     batch_size: int
@@ -84,11 +81,6 @@ class Recipe:
                     f"transfer.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
                 )
         check_counts("transfer", settings, COUNTS)
-        if settings.velocities == "guided" and settings.objective not in GUIDED:
-            raise UserError(
-                "transfer.velocities is 'guided': choose one of the objectives "
-                f"{', '.join(GUIDED)}."
-            )
         if settings.batch_size % settings.accumulate:
             raise UserError(
                 f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
@@ -157,10 +149,9 @@ def passes(recipe, velocity: str | None = None) -> Passes:
     asked = (velocity or recipe.velocity) == "teacher"
     if asked and recipe.objective != "own_points":
         own = own._replace(teacher=own.teacher + 1)
-    times = 2 if recipe.velocities == "guided" else 1  # both branches
     updates = recipe.score_updates if recipe.objective in WITH_SCORE_NETWORK else 0
     critic = Passes(steps, 0, 0, 0, 1)
-    return Passes(*(times * a + updates * b for a, b in zip(own, critic, strict=True)))
+    return Passes(*(a + updates * b for a, b in zip(own, critic, strict=True)))
 
 
 def velocity_of(settings, store_velocity: str) -> str:

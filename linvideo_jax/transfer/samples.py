@@ -29,9 +29,7 @@ class Batch(NamedTuple):
     `Draw` makes one at a time, without the axis batch; every array of a batch has it in front.
     x and u_teacher come in bfloat16; `wide` makes them float32. u_teacher is None where it is not
     stored (`Recipe.velocity`), fresh where the objective has no points, and others where it has no
-    score network, whose samples they are: with an axis score_updates behind batch. negative is the
-    text of the negative prompt and its lengths where velocities are guided: then u_teacher is too,
-    and all samples are of the conditional branch.
+    score network, whose samples they are: with an axis score_updates behind batch.
     """
 
     x: Float[Array, "batch frames height width channels"]
@@ -42,7 +40,6 @@ class Batch(NamedTuple):
     text_lengths: Int[Array, " batch"]
     fresh: Fresh | None = None
     others: "Batch | None" = None
-    negative: tuple[Array, Array] | None = None
 
 
 class Draw:
@@ -77,22 +74,14 @@ class Draw:
         following = head.step + 1
         if self._recipe.t_to == "uniform":
             following += int(rng.integers(max(self._recipe.steps - following, 1)))
-        texts, guided = self._pairs.texts, self._recipe.velocities == "guided"
-        u = None
-        if with_velocity:
-            u = self._guided(row) if guided else self._pairs.velocity(row, negative)
+        texts = self._pairs.texts
         return Batch(
             x,
-            u,
+            self._pairs.velocity(row, negative) if with_velocity else None,
             np.float32(sigmas[head.step]),
             np.float32(sigmas[following]),
-            *texts[texts.negative if negative and not guided else head.prompt],
-            negative=texts[texts.negative] if guided else None,
+            *texts[texts.negative if negative else head.prompt],
         )
-
-    def _guided(self, row: int) -> Float[np.ndarray, "frames height width channels"]:
-        u_cond, u_neg = (self._pairs.velocity(row, side).astype(np.float32) for side in (0, 1))
-        return rectified.guided(u_cond, u_neg, self._pairs.index.made["guidance_scale"])
 
     def _fresh(self, row: int) -> Fresh:
         if self._whole:
