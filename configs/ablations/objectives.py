@@ -43,5 +43,6 @@ def get_config() -> ConfigDict:
         # One Euler step to the critic's samples: the cost is nearest the paper's factor of 4.4.
         ("adm_score_short", {"transfer.objective": "adm_score", "transfer.rollout_steps": 1}),
         ("dmd", {"transfer.objective": "dmd", "transfer.beta": 0.0}),  # the paper's has no anchor
+        ("dmd_anchored", {"transfer.objective": "dmd"}),
     )
     return config
