@@ -29,7 +29,7 @@ from linvideo_jax.parallel import hosts
 FLAGS = {
     "config": (None, "Python file whose get_config() returns the configuration"),
     "workdir": (None, "folder of all that the run makes"),
-    "plan": (None, "machine to plan stage transfer for, v5p:4x4x4, h100:32 or here; nothing runs"),
+    "plan": (None, "machine to plan training for, v5p:4x4x4, h100:32 or here; nothing runs"),
 }
 
 

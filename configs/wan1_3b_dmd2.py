@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     distill.num_steps = 2000  # paper
     distill.start_steps = 0  # SF+ has none; see digits_dmd2.py
     distill.start_sampling_steps = 20  # ours
-    distill.start_learning_rate = 2e-6
+    distill.start_learning_rate = 2e-6  # ours
     distill.batch_size = 64  # SF+, of all hosts together
     distill.generator_every = 5  # SF+
     distill.learning_rate = 2e-6  # SF+, FastVideo

@@ -34,8 +34,9 @@ def trained(sizes, teacher, texts):
     settings.update(batch_size=BATCH, remat="none")
     student = training.student_config(TEACHER)
     recipe = Recipe.of(
-        settings, student, TEACHER, TEACHER, (1.0, 0.9, 0.75, 0.5, 0.0), SHAPE, "float32",
-        placement.layout,
+        settings, student=student, teacher=TEACHER, fake=TEACHER,
+        sigmas=(1.0, 0.9, 0.75, 0.5, 0.0), start_sampler="euler", start_sigmas=(1.0, 0.0),
+        shape=SHAPE, dtype="float32", layout=placement.layout,
     )  # fmt: skip
     maps = {name: np.asarray(leaf) for name, leaf in wan.initial_feature_map(student).items()}
     attn1 = teacher["blocks"]["attn1"] | {"feature_map": maps}

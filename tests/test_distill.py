@@ -76,7 +76,7 @@ def config(tiny_pipeline, linear, tmp_path_factory):
         lr_warmup_steps=1,
         start_steps=2,
         start_sampling_steps=2,
-        start_learning_rate=1e-3,
+        start_learning_rate=5e-4,
         remat="none",
         save_every=2,
         log_every=2,
@@ -156,7 +156,7 @@ def test_a_first_step_that_stays_at_the_mean_is_told(tmp_path, caplog):
         text = "\n".join(map(json.dumps, lines))
         (tmp_path / "metrics.jsonl").write_text(text + "\n")
         caplog.clear()
-        monitoring.warn_of_a_flat_start(tmp_path)
+        monitoring.warn_of_a_flat_first_step(tmp_path)
         return caplog.text
 
     assert "standard deviation of 0.45, those of later steps 1.05" in told(0.45)
@@ -191,19 +191,20 @@ def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, m
 def parts(config, student, teacher, **recipe):
     """(recipe, state, texts, knobs) of a run."""
     settings = distill.few_step_sampling(teacher.sampling, config.distill)
-    sizes, params, r, mode = distill.start(student, config)
+    start = distill.start_sampling(teacher.sampling, config.distill)
+    sizes, params, r, mode = distill.first_state(student, config)
     made = distill_training.Recipe.of(
         config.distill,
-        sizes,
-        teacher.wan_config,
-        teacher.wan_config,
-        settings.sigmas(),
-        Pipeline(teacher).latent_shape(settings),
-        "float32",
+        student=sizes,
+        teacher=teacher.wan_config,
+        fake=teacher.wan_config,
+        sigmas=settings.sigmas(),
+        start_sampler=start.sampler,
+        start_sigmas=start.sigmas(),
+        shape=Pipeline(teacher).latent_shape(settings),
+        dtype="float32",
     )
-    made = dataclasses.replace(
-        made, **distill.start_sampling(teacher.sampling, config.distill), **recipe
-    )
+    made = dataclasses.replace(made, **recipe)
     state = distill_training.initial_state(made, params, teacher.transformer, r, mode)
     texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size)
     texts = texts.draw(0, 0, np.arange(made.batch_size))
@@ -269,7 +270,18 @@ def test_the_start_regresses_the_first_step_on_the_teachers_samples(config, ours
     for name in ("fake", "r", "mode"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
     moved = after["params"]["proj_out"]["kernel"] - state["params"]["proj_out"]["kernel"]
-    assert 0 < float(jnp.abs(moved).max()) < 10 * knobs.generator_rate
+    assert 0 < float(jnp.abs(moved).max()) < 2 * knobs.generator_rate  # Adam's first step
+    averaged = after["ema"]["proj_out"]["kernel"] - state["ema"]["proj_out"]["kernel"]
+    np.testing.assert_allclose(averaged, 0.9 * moved, rtol=1e-3, atol=1e-7)
+
+
+def test_rates_and_the_averages_age_in_the_start_and_after(config):
+    run = changed(config, start_steps=4, start_learning_rate=1e-4)
+    knobs = [distill.knobs_at(run, step, 2.0, 0.5) for step in range(8)]
+    assert [one.ema_age for one in knobs] == [0, 1, 2, 3, 4, 4, 5, 5]
+    rates = [one.generator_rate for one in knobs]
+    assert rates == pytest.approx([5e-5] * 4 + [5e-4] * 4)
+    assert {one.fake_rate for one in knobs} == {5e-4}
 
 
 def test_a_distilled_model_needs_no_flags(trained, tmp_path, capsys):
@@ -359,7 +371,7 @@ def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path, monke
     layers = checkpoints.load(tmp_path / "final").linear_layers
     assert len(layers) == 1
     assert json.loads((tmp_path / "selection.json").read_text())["layers"] == list(layers)
-    start = distill.start(checkpoints.load(ours), run)
+    start = distill.first_state(checkpoints.load(ours), run)
     assert start[3].tolist() == [MIX, MIX] and start[2].tolist() == pytest.approx([0.9, 0.9])
 
 
@@ -380,9 +392,14 @@ def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path, monke
         ({"log_every": 3}, "log_every is 3: choose a multiple of generator_every, 2"),
         ({"start_steps": 3}, "start_steps is 3: choose 0, or a multiple of generator_every, 2"),
         ({"start_steps": STEPS}, "start_steps is 8: choose 0, or a multiple"),
-        ({"start_steps": 0, "batch_size": 0}, "distill.batch_size is 0: choose 1 or more"),
+        ({"batch_size": 0}, "distill.batch_size is 0: choose 1 or more"),
         ({"one_stage": True}, "has linear layers already, and distill.one_stage chooses them"),
-        ({"one_stage": True, "round_at": 99}, "distill.round_at is 99: choose a step above 0"),
+        ({"one_stage": True, "round_at": 99}, "distill.round_at is 99: choose a step above start_"),
+        (
+            {"one_stage": True, "round_at": 2},
+            "distill.round_at is 2: choose a step above start_steps",
+        ),
+        ({"start_sampling_steps": 0}, "distill.start_sampling_steps is 0: choose 1 or more"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_made(

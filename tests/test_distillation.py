@@ -9,7 +9,7 @@ import pytest
 
 from linvideo_jax.errors import UserError
 from linvideo_jax.flow import rectified
-from linvideo_jax.transfer import distillation
+from linvideo_jax.transfer import distillation, guidance
 
 # Three equally likely values with the normal distribution's first three moments: means over their
 # pairs are exact for what is quadratic in (z, noise), as the gradients below are.
@@ -161,6 +161,21 @@ def test_nothing_flows_back_through_the_simulation():
     assert jax.grad(loss)(0.7) == 0.0
 
 
+def test_the_start_ends_where_the_teacher_leads_and_else_at_the_mean():
+    """(noise - x_0) / t has no error; a constant velocity does best at its mean: the blur."""
+    t, x_0 = 0.9, 0.3 * Z + 0.1 * NOISE
+    exact = (NOISE - x_0) / t
+
+    def loss(constant, velocity=exact):
+        return distillation.regression_loss(lambda x, t: velocity + constant, NOISE, times(t), x_0)
+
+    np.testing.assert_allclose(loss(0.0), 0.0, atol=1e-12)
+    np.testing.assert_allclose(loss(0.5), (t * 0.5) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(0.5), 2 * t**2 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(exact.mean(), 0.0), 0.0, atol=1e-6)
+    assert jax.grad(loss)(exact.mean() + 0.1, 0.0) > 0.1
+
+
 def test_times_are_shifted_and_clamped():
     t = np.asarray(distillation.draw_times(jax.random.key(0), 20_000, 5.0))
     assert t.min() == np.float32(0.02) and t.max() == np.float32(0.98)
@@ -191,6 +206,7 @@ def test_guided_teacher_puts_both_halves_in_one_batch():
         )
 
     x, t = jnp.ones((2, 1, 1, 1, 1)), jnp.full(2, 0.5)
-    text, lengths = jnp.array([[1.0], [2.0], [5.0], [5.0]]), jnp.array([1, 2, 7, 7])
-    u = distillation.guided(network, text, lengths, 3.0)(x, t)
+    text = jnp.array([[1.0], [2.0]]), jnp.array([1, 2])
+    negative = jnp.array([[5.0], [5.0]]), jnp.array([7, 7])
+    u = guidance.guided(network, text, negative, 3.0)(x, t)
     np.testing.assert_allclose(u.ravel(), [12 + 3 * (2 - 12), 12 + 3 * (4 - 12)])

@@ -13,15 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import train
 from benchmarks import plans
 from kernels.ahead_of_time import tpu_chips
-from linvideo_jax import config_files
+from linvideo_jax import config_files, rehearsal
 from linvideo_jax.models import registry
 from linvideo_jax.models.remat import rematerialised
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.parallel import mesh as meshes
 from linvideo_jax.parallel.layout import gather
-from linvideo_jax.plan import chips, collectives, hlo, planned, simulated
+from linvideo_jax.plan import chips, collectives, compiled, hlo, planned, simulated
 from linvideo_jax.plan.collectives import Collective
 from linvideo_jax.plan.compiled import Compiled, compile_updates, refused
+from linvideo_jax.plan.stage import Program
 
 PROGRAM = r"""HloModule jit_f, num_partitions=8
 
@@ -185,7 +186,11 @@ def test_trip_counts():
     noted = ', backend_config={"known_trip_count":{"n":"11"}}'
     assert trips(trips=noted) == 11
     unknown = program().replace("direction=LT", "direction=NE")
-    assert collectives.count(unknown, 8).unknown_loops == 1
+    once, often = (collectives.count(unknown, 8, loops=loops) for loops in (1.0, 1.5))
+    assert once.unknown_loops == often.unknown_loops == 1 and often.loops == 1.5
+    never = collectives.count(unknown, 8, loops=0.0)
+    assert once.sent > never.sent > 0
+    assert often.sent - once.sent == pytest.approx(0.5 * (once.sent - never.sent))
 
 
 def test_no_line_of_a_program_is_passed_over():
@@ -430,14 +435,14 @@ def test_largest_batch_lies_on_the_line_through_two(plan, monkeypatch):
     assert code == 1 and "--config.transfer.accumulate=3; --config.transfer.batch_size=10" in out
 
 
-def test_plan_of_a_distillation(plan, tmp_path, monkeypatch):
+def test_plan_of_a_distillation(plan, tmp_path, monkeypatch, capsys):
     """Both updates of the tiny model, compiled for this machine's device with one batch."""
     (tmp_path / "config.py").write_text(CONFIG_DMD2)
     config = config_files.load("config.py")
     made = compile_updates(config, meshes.make({}, jax.devices()[:1]), "cpu", 2)
     assert list(made.sent) == ["generator", "fake score"] and made.peak > made.kept
     # The way to the step that is trained has a length of its own each time.
-    assert all(sent.unknown_loops == 1 for sent in made.sent.values())
+    assert all((one.unknown_loops, one.loops) == (1, 1.5) for one in made.sent.values())
     held = made.held
     assert held["its average"] == held["generator's weights"]
     # Two moments for each weight, in float32 as it is; the fake score has no feature maps.
@@ -455,14 +460,39 @@ def test_plan_of_a_distillation(plan, tmp_path, monkeypatch):
         "updates: DMD2 to 4 steps, batch 2, adamw, remat full",
         "the generator at one step of 2",
         "machine: h100:2, 2 x h100; mesh data:2",
-        "(loops of varying length, 1: counted at its mean)",
+        "(1 of unknown length counted 1.5 times)",
         "100 + 950 + 2,000 updates",
         "peak (formula)",
     ):
         assert words in out
+    row = plans.row(planned.make(config, "h100:2", say=lambda text: None))
+    assert row["collection"] is None and row["held"] == made.kept
     monkeypatch.setitem(chips.CHIPS, "h100", replace(chips.CHIPS["h100"], hbm=made.kept * 1.1))
     code, out, _ = plan("h100:2")
     assert code == 1 and "accumulate" not in out and "--config.mesh.context=2" in out
+    one_stage = "--config.distill.one_stage=True"
+    assert "one_stage is not planned" in plan("h100:2", one_stage)[2]
+
+
+@pytest.mark.parametrize(("seen", "peak"), [((3,), 24_000), ((2,), 20_000), ((2, 3), 24_000)])
+def test_a_peak_counts_what_its_program_does_not_see(monkeypatch, seen, peak):
+    """Programs that see 3 or 2 of the 3 arrays that are held, and write what they see anew."""
+    mesh = meshes.make({}, jax.devices()[:1])
+    arrays = rehearsal.everywhere([jax.ShapeDtypeStruct((1000,), jnp.float32)] * 3, mesh)
+    update = jax.jit(lambda recipe, *given: [x + 1 for x in given], static_argnums=0)
+
+    class Two:
+        def recipe(self, mesh, batch_size):
+            return None
+
+        def programs(self, recipe, mesh):
+            return [Program(update, (*arrays[:count],), {"": (0, 0, 1)}) for count in seen]
+
+        def held(self, programs):
+            return {"arrays": 12_000}
+
+    monkeypatch.setattr(compiled.stages, "of", lambda config: Two())
+    assert compile_updates(None, mesh, "cpu", 1).peak == pytest.approx(peak, abs=600)
 
 
 def test_table_of_plans(tmp_path, capsys):
@@ -472,6 +502,7 @@ def test_table_of_plans(tmp_path, capsys):
         "largest_batch": 0, "flops": 2.5961e15, "sent": None, "step": (96.2, 176.4),
         "training": (86_400, 864_000), "collection": (8640, 17_280),
     }  # fmt: skip
+    assert plans.table({"wan14b v5e:8x8": one | {"collection": None}}).endswith("| 1 to 10 |  |")
     assert plans.table({"wan14b v5e:8x8 --config.mesh.context=16": one}).splitlines()[2] == (
         "| wan14b v5e:8x8 mesh.context=16 | 1 x 4 x 16 | 4 | 3.0 | 27.0 | 15.8 | no | none | 2,596 "
         "|  | 96 to 180 | 1 to 10 | 0.1 to 0.2 |"

@@ -147,7 +147,7 @@ def test_shipped_processors_are_the_converters(name):
 
 
 def test_four_steps_show_what_the_prompts_say():
-    """As its config.json says, without a flag; 6 of 8, where docs/results.md has nine tenths."""
+    """As its config.json says, without a flag; 6 of 8, where docs/results.md has 95%."""
     model = checkpoints.load(ASSETS / "wan_digits_four_step")
     settings = pipeline.Settings.of(model)
     assert (settings.num_inference_steps, settings.guidance_scale) == (4, 1.0)

@@ -125,11 +125,12 @@ def distillation(recipe: distill_training.Recipe, size: Size, layers: Layers) ->
     """
     whole = Layers(recipe.teacher.num_layers, 0, 0)
     run, ask = layers.forward(recipe.student, size), whole.forward(recipe.teacher, size)
+    told = whole.forward(recipe.fake, size)
     train = gradient(recipe.student, size, layers, recipe.remat)
     way = (len(recipe.sigmas) - 2) / 2 * run  # the mean over the steps
     critic = gradient(recipe.fake, size, whole, recipe.remat)
     samples = {
-        "generator": way + train + 3 * ask,
+        "generator": way + train + told + 2 * ask,
         "fake score": way + run + critic,
         "start": 2 * (len(recipe.start_sigmas) - 1) * ask + train,
     }

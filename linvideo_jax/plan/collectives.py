@@ -41,10 +41,11 @@ class Collective:
 
 @dataclass(frozen=True)
 class Communication:
-    """All of a program; unknown_loops: loops of unknown length, counted as `count` was told."""
+    """All of a program; unknown_loops: loops of unknown length, each counted `loops` times."""
 
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    loops: float = 1.0
 
     def by_kind(self) -> dict[str, tuple[float, float]]:
         """{kind: (calls, bytes that a chip sends)} of one call of the program."""
@@ -86,8 +87,9 @@ def count(
                     trips = hlo.trip_count(program, computation, instruction)
                     if trips is None:
                         unknown.append(instruction.name)
+                    times = loops if trips is None else trips
                     inside = walk(instruction.called("body")[0])
-                    found += [replace(one, times=one.times * (trips or loops)) for one in inside]
+                    found += [replace(one, times=one.times * times) for one in inside]
                 case "conditional":
                     found += branch(instruction)
                 case "call":
@@ -133,7 +135,7 @@ def count(
         return [Collective(kind, operand, result, group, 1.0)]
 
     collectives = walk(program.entry)
-    return Communication(tuple(one for one in collectives if one.group > 1), len(unknown))
+    return Communication(tuple(one for one in collectives if one.group > 1), len(unknown), loops)
 
 
 def _group(attributes: str, num_devices: int) -> int:

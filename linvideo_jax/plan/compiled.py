@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from kernels.dispatch import compiling_for
-from linvideo_jax.plan import collectives, stages
+from linvideo_jax.plan import collectives, memory, stages
 from linvideo_jax.plan.collectives import Communication
 
 _TOO_LARGE = (
@@ -27,9 +27,10 @@ class Compiled:
     """One compilation of a stage's updates; bytes are of one chip.
 
     held: by name, from shapes and shardings alone, of what lives from update to update. peak: all
-    that the largest program needs at once. sent: the communication of one update by name (as
-    `Program.counted`); empty if the compiler refused a program because it does not fit, and then
-    `held` and `peak` are all that is known. kernels: of attention, in words.
+    that is needed at once: by a program, and of `held` what that does not see. sent: the
+    communication of one update by name (as `Program.counted`); empty if the compiler refused a
+    program because it does not fit, and then `held` and `peak` are all that is known. kernels: of
+    attention, in words.
     """
 
     batch_size: int
@@ -66,6 +67,7 @@ def compile_updates(
     programs = stage.programs(recipe, mesh)
     held, peak, sent, kernels = stage.held(programs), 0, {}, ""
     for program in programs:
+        beside = max(sum(held.values()) - memory.held(program.arguments), 0)
         with compiling_for(platform), tempfile.TemporaryDirectory() as folder:
             lowered = program.update.lower(recipe, *program.arguments)
             dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
@@ -76,13 +78,13 @@ def compile_updates(
                 if needed is None:
                     raise
                 seconds = time.time() - began
-                return Compiled(batch_size, held, max(peak, needed), {}, "", seconds)
-            text, memory = made.as_text(), made.memory_analysis()
+                return Compiled(batch_size, held, max(peak, beside + needed), {}, "", seconds)
+            text, needed = made.as_text(), _peak(made.memory_analysis(), platform)
             kernels = kernels or _kernels(text)
             if simulated:
                 (dumped,) = Path(folder).glob("*update*.after_spmd-partitioning.*.txt")
                 text = dumped.read_text()
-        peak = max(peak, _peak(memory, platform))
+        peak = max(peak, beside + needed)
         for name, shares in program.counted.items():
             sent[name] = collectives.count(text, mesh.size, shares, simulated, program.loops)
     return Compiled(batch_size, held, peak, sent, kernels, time.time() - began)

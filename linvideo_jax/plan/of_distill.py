@@ -5,9 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from linvideo_jax import rehearsal
+from linvideo_jax.errors import UserError
 from linvideo_jax.metrics import step_flops
 from linvideo_jax.metrics.step_flops import Layers
 from linvideo_jax.models import wan
@@ -30,25 +30,28 @@ class Distill(Stage):
     group = "distill"
 
     def recipe(self, mesh, batch_size) -> Recipe:
-        """UserError as `stages.distill.check` and `layout_of`."""
+        """UserError as `stages.distill.check` and `layout_of`, and for one stage."""
         distill.check(self.config)
         teacher, settings = self.given.models.transformer, self.settings
-        dense = not settings.require_selection and not settings.one_stage
+        if settings.one_stage:
+            raise UserError(
+                "distill.one_stage is not planned: plan stage transfer and stage distill apart."
+            )
+        dense = not settings.require_selection
+        start = distill.start_sampling(self.given.sampling, settings)
         made = Recipe.of(
             settings,
             student=teacher if dense else training.student_config(teacher),
             teacher=teacher,
             fake=teacher,
             sigmas=distill.few_step_sampling(self.given.sampling, settings).sigmas(),
+            start_sampler=start.sampler,
+            start_sigmas=start.sigmas(),
             shape=self.given.latent_shape,
             dtype=self.config.dtype,
             layout=layout_of(mesh, teacher.num_attention_heads, exchange_of(self.config)),
         )
-        return replace(
-            made,
-            batch_size=batch_size,
-            **distill.start_sampling(self.given.sampling, settings),
-        )
+        return replace(made, batch_size=batch_size)
 
     @staticmethod
     def _linear(recipe) -> int:
@@ -109,15 +112,13 @@ class Distill(Stage):
 
     def estimate(self, recipe, mesh, held):
         """In the generator's update. gradients: float32, shared as the weights are. copies: of the
-        generator and of the fake score in the dtype of the products. working: of the backward pass,
-        or of the teacher's forward on both halves of guidance."""
+        generator and of the fake score in the dtype of the products, half as wide."""
         config, size = recipe.student, self.given.size
         tokens = memory.tokens(mesh, recipe.batch_size, size)
-        copied = 2 * held["generator's weights"]
         return {
             "held": sum(held.values()),
             "gradients": held["generator's weights"],
-            "copies": copied // 2 if np.dtype(recipe.dtype).itemsize == 2 else 0,
+            "copies": held["generator's weights"] if recipe.dtype.itemsize == 2 else 0,
             "layers": memory.layers(mesh, config),
             "kept": memory.kept(config, tokens, recipe.remat),
             "working": memory.working(config, tokens, size.text_tokens),

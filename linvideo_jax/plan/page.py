@@ -97,7 +97,7 @@ def _communication(plan: Plan) -> str:
         if not part.by_kind():
             lines.append(f"  {name:<12}nothing")
         if part.unknown_loops:
-            lines.append(f"  (loops of varying length, {part.unknown_loops}: counted at its mean)")
+            lines.append(f"  ({part.unknown_loops} of unknown length counted {part.loops:g} times)")
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ class Stage(ABC):
 
     @abstractmethod
     def programs(self, recipe: Any, mesh: Mesh) -> list[Program]:
-        """All that a run compiles, the largest first."""
+        """Those that decide what a run takes; the first has everything that is held."""
 
     @abstractmethod
     def held(self, programs: list[Program]) -> dict[str, int]:

@@ -40,23 +40,25 @@ def run(config, workdir: Path) -> None:
     placement = Placement.of(config, heads_of(student, teacher))
     beside = transfer.Beside.of(config.checkpoint)
     sampling = few_step_sampling(teacher.sampling, settings)
+    start = start_sampling(teacher.sampling, settings)
     pipeline = Pipeline(turns.open_folder(config.teacher), config.dtype)
     shape = pipeline.latent_shape(sampling)
     prompts = Prompts(config.prompts, pipeline, sampling.negative_prompt, settings.batch_size)
     del pipeline  # and with it the text encoder
     rows = placement.rows(settings.batch_size)
-    wan_config, params, r, mode = start(student, config)
+    wan_config, params, r, mode = first_state(student, config)
     recipe = Recipe.of(
         settings,
         student=wan_config,
         teacher=teacher.wan_config,
         fake=teacher.wan_config,
         sigmas=sampling.sigmas(),
+        start_sampler=start.sampler,
+        start_sigmas=start.sigmas(),
         shape=shape,
         dtype=config.dtype,
         layout=placement.layout,
     )
-    recipe = replace(recipe, **start_sampling(teacher.sampling, settings))
     fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
     schedule = optimizers.warmup_cosine(
         1.0, settings.num_steps, settings.lr_warmup_steps, settings.final_learning_rate
@@ -120,7 +122,7 @@ def run(config, workdir: Path) -> None:
     weights = whole(state["ema"])
     if not hosts.is_first():
         return
-    monitoring.warn_of_a_flat_start(folder)
+    monitoring.warn_of_a_flat_first_step(folder)
     report.write(workdir)
     beside.save(
         workdir / "final",
@@ -136,7 +138,8 @@ def run(config, workdir: Path) -> None:
 def check(config) -> None:
     """UserError for what `config.distill` cannot mean, before anything is loaded."""
     settings = config.distill
-    check_counts("distill", settings, ("batch_size", "generator_every", "log_every", "save_every"))
+    counts = ("batch_size", "generator_every", "log_every", "save_every", "start_sampling_steps")
+    check_counts("distill", settings, counts)
     if settings.sampler not in solvers.FEW_STEP_SAMPLERS:
         raise UserError(
             f"distill.sampler is {settings.sampler!r}: choose one of "
@@ -147,7 +150,7 @@ def check(config) -> None:
     if settings.log_every % settings.generator_every:
         raise UserError(
             f"distill.log_every is {settings.log_every}: choose a multiple of generator_every, "
-            f"{settings.generator_every}, so that every line has both losses."
+            f"{settings.generator_every}, so that lines have both losses."
         )
     if not 0 <= settings.start_steps < settings.num_steps or (
         settings.start_steps % settings.generator_every
@@ -156,10 +159,17 @@ def check(config) -> None:
             f"distill.start_steps is {settings.start_steps}: choose 0, or a multiple of "
             f"generator_every, {settings.generator_every}, below num_steps, {settings.num_steps}."
         )
-    if settings.one_stage and not 0 < settings.round_at < settings.num_steps:
+    if not settings.one_stage:
+        return
+    if "transfer" not in config:
         raise UserError(
-            f"distill.round_at is {settings.round_at}: choose a step above 0 and below num_steps, "
-            f"{settings.num_steps}."
+            "distill.one_stage chooses layers as the group transfer says, which this configuration "
+            "lacks: add it, or leave one_stage out."
+        )
+    if not settings.start_steps < settings.round_at < settings.num_steps:
+        raise UserError(
+            f"distill.round_at is {settings.round_at}: choose a step above start_steps, "
+            f"{settings.start_steps}, and below num_steps, {settings.num_steps}."
         )
 
 
@@ -215,14 +225,19 @@ def few_step_sampling(teacher: Mapping[str, Any], settings) -> Settings:
     return Settings(**overridden(teacher, settings.sampling.to_dict() | few))
 
 
-def start_sampling(teacher: Mapping[str, Any], settings) -> dict[str, Any]:
-    """How the teacher is sampled for the start, as fields of a Recipe: its own way, fewer steps."""
+def start_sampling(teacher: Mapping[str, Any], settings) -> Settings:
+    """How the teacher is sampled for the start: by its own sampler, in fewer steps.
+
+    UserError for a distilled teacher, which re-noises.
+    """
     steps = {"num_inference_steps": settings.start_sampling_steps}
     sampling = Settings(**overridden(teacher, settings.sampling.to_dict() | steps))
-    return {
-        "start_sampler": sampling.sampler,
-        "start_sigmas": tuple(sampling.sigmas().tolist()),
-    }
+    if settings.start_steps and sampling.sampler == "renoise":
+        raise UserError(
+            "the teacher is sampled with renoise, so its samples are not of their first noise: set "
+            "distill.start_steps to 0, or choose a teacher that is not distilled."
+        )
+    return sampling
 
 
 class Prompts:
@@ -250,7 +265,7 @@ class Prompts:
         return self._texts.padded(prompts, self._tokens), lengths
 
 
-def start(student: checkpoints.Checkpoint, config) -> tuple[wan.WanConfig, Params, Any, Any]:
+def first_state(student: checkpoints.Checkpoint, config) -> tuple[wan.WanConfig, Params, Any, Any]:
     """(sizes, parameters, r, mode) that the generator begins with.
 
     In one stage it is the teacher with initial feature maps and every layer mixed, as the transfer

@@ -22,7 +22,7 @@ from linvideo_jax.parallel.placement import Placement, whole
 from linvideo_jax.pipeline import Pipeline, Settings
 from linvideo_jax.transfer import training
 
-FLAT = 0.7  # trainings that stayed at the mean had 0.4 of the later steps' deviation, others 0.9
+FLAT_SHARE = 0.7  # of the later steps' deviation: trainings that stayed had 0.4, others 0.9
 FACTS, SAMPLES = "facts.json", "samples"
 FRAMES_SHOWN = 4
 LARGEST_SIDE = 240  # px of a frame in a contact sheet
@@ -77,7 +77,7 @@ def frozen_layers(until: int) -> Callable[[int, Any], None]:
     return log
 
 
-def warn_of_a_flat_start(folder: Path) -> None:
+def warn_of_a_flat_first_step(folder: Path) -> None:
     """Warns if a distilled model's first step has stayed near the mean of what prompts allow.
 
     By the standard deviation of its samples in the second half of the log, beside the later steps'.
@@ -86,7 +86,7 @@ def warn_of_a_flat_start(folder: Path) -> None:
     first, later = [], []
     for line in log[len(log) // 2 :]:
         (later if line["exit_step"] else first).append(line["sample_deviation"])
-    if first and later and median(first) < FLAT * median(later):
+    if first and later and median(first) < FLAT_SHARE * median(later):
         logging.warning(
             "samples of the first step have a standard deviation of %.2f, those of later steps "
             "%.2f: it has stayed near the mean of what a prompt allows. Train again with a smaller "

@@ -16,7 +16,7 @@ from linvideo_jax.flow import rectified, solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.module import Params
-from linvideo_jax.transfer import distillation, scores, training
+from linvideo_jax.transfer import distillation, guidance, scores, training
 from linvideo_jax.transfer.objectives import Latents, Velocity
 
 State = dict[str, Any]
@@ -46,12 +46,23 @@ class Recipe:
     layout: Layout | None = None
     # The network is told 1000 t as it is, as the few-step samplers tell it.
     sampler: str = "renoise"
-    start_sampler: str = "euler"
+    start_sampler: str = "unipc"
     start_sigmas: tuple[float, ...] = (1.0, 0.0)
 
     @classmethod
     def of(
-        cls, settings, student, teacher, fake, sigmas, shape, dtype, layout: Layout | None = None
+        cls,
+        settings,
+        *,
+        student,
+        teacher,
+        fake,
+        sigmas,
+        start_sampler: str,
+        start_sigmas,
+        shape,
+        dtype,
+        layout: Layout | None = None,
     ) -> "Recipe":
         """From `config.distill`; UserError for a count below 1."""
         check_counts("distill", settings, ("batch_size", "generator_every"))
@@ -69,6 +80,8 @@ class Recipe:
             settings.clip_norm,
             settings.one_stage,
             layout,
+            start_sampler=start_sampler,
+            start_sigmas=tuple(np.asarray(start_sigmas).tolist()),
         )
 
 
@@ -137,10 +150,9 @@ def _on(velocity, texts: Texts) -> Velocity:
 
 
 def _teacher(recipe: Recipe, params: Params, texts: Texts, guidance_scale) -> Velocity:
-    text = jnp.concatenate([texts.text, texts.negative_text])
-    lengths = jnp.concatenate([texts.lengths, texts.negative_lengths])
+    texts = texts[:2], texts[2:]
     network = training.network(recipe, recipe.teacher, params)
-    return distillation.guided(network, text, lengths, guidance_scale)
+    return guidance.guided(network, *texts, guidance_scale)
 
 
 def _met(recipe: Recipe, frozen: Velocity, key: jax.Array):

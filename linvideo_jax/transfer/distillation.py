@@ -7,8 +7,6 @@ generator's samples (the fake score) that of the other. Velocities are functions
 Equations as in CausVid, Self-Forcing and FastVideo, whose flow forms agree.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,18 +119,3 @@ def regression_loss(
     trajectories, for the first step alone. t: of the first step, near 1.
     """
     return jnp.mean(jnp.square(rectified.x0_from_velocity(noise, generator(noise, t), t) - x_0))
-
-
-def guided(
-    velocity: Callable[..., Array], text: Array, lengths: Array, guidance_scale: float | Array
-) -> Velocity:
-    """The teacher's velocity with guidance, both halves in one batch.
-
-    text, lengths: the prompts' half, then the negative prompt's. velocity(x, t, text, lengths).
-    """
-
-    def both(x, t):
-        twice = (jnp.concatenate([values, values]) for values in (x, t))
-        return rectified.guided(*jnp.split(velocity(*twice, text, lengths), 2), guidance_scale)
-
-    return both

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from linvideo_jax.flow import rectified
+from linvideo_jax.transfer import guidance
 from linvideo_jax.transfer.recipe import Knobs, Recipe
 
 
@@ -139,16 +139,6 @@ def no_points(recipe: Recipe, latent_shape: Sequence[int], text_shape: Sequence[
     return Points(zeros(latent_shape), last, zeros(text_shape), none, jnp.copy(none))
 
 
-def guided_velocity(velocity: Callable[..., Array], x, t, text, negative, guidance_scale) -> Array:
-    """u_neg + w (u_cond - u_neg) at x and t, both branches in one batch.
-
-    text, negative: (embeddings, lengths). velocity(x, t, text, text_lengths).
-    """
-    branches = (x, t, *text), (x, t, *negative)
-    both = (jnp.concatenate(pair) for pair in zip(*branches, strict=True))
-    return rectified.guided(*jnp.split(velocity(*both), 2), guidance_scale)
-
-
 def move(
     points: Points, fresh: Fresh, recipe: Recipe, velocity: Callable[..., Array], knobs: Knobs
 ) -> Points:
@@ -168,7 +158,7 @@ def move(
 
     t = sigmas[points.step]
     texts = (points.text, points.text_lengths), (fresh.negative_text, fresh.negative_lengths)
-    guided = guided_velocity(velocity, points.x, t, *texts, knobs.guidance_scale)
+    guided = guidance.guided(velocity, *texts, knobs.guidance_scale)(points.x, t)
     dt = sigmas[points.step + 1] - t
     moved = points._replace(
         x=points.x + _wide(dt, points.x) * guided, step=points.step + 1, age=points.age + 1

@@ -123,7 +123,7 @@ def network(
     return velocity
 
 
-def _on(batch: Batch, velocity: Callable[..., Array]) -> objectives.Velocity:
+def _on(velocity: Callable[..., Array], batch: Batch) -> objectives.Velocity:
     """The velocity of the branch that each sample is of."""
     return lambda x, t: velocity(x, t, batch.text, batch.text_lengths)
 
@@ -142,7 +142,7 @@ def loss(trained, recipe: Recipe, state: State, teacher_params, batch: Batch, no
         score = network(recipe, recipe.teacher, state["score"]["params"])
     else:
         score = network(recipe, recipe.student, *frozen, state["mode"])
-    student, teacher, score = (_on(batch, u) for u in (student, teacher, score))
+    student, teacher, score = (_on(u, batch) for u in (student, teacher, score))
 
     match recipe.objective:
         case "adm" | "adm_score":
@@ -185,7 +185,7 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
     def one(score, drawn):
         batch, key = drawn
         x_0, _ = objectives.rollout(
-            _on(batch, student), batch.x, batch.t_from, recipe.rollout_steps
+            _on(student, batch), batch.x, batch.t_from, recipe.rollout_steps
         )
         noised = samples.noise_and_times(recipe.sigmas, batch.x, key)
 
@@ -194,7 +194,7 @@ def score_network_updates(recipe: Recipe, state: State, others: Batch, knobs: Kn
 
             def error(params):
                 velocity = network(recipe, recipe.teacher, params, remat=recipe.remat)
-                return objectives.flow_matching(_on(batch, velocity), x_0, *noised)
+                return objectives.flow_matching(_on(velocity, batch), x_0, *noised)
 
             return jax.value_and_grad(error)(score["params"])
 
