@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     distill.clip_norm = 10.0
     distill.ema_decay = 0.99  # of the generator, which is what is kept
     distill.remat = "products"
+    distill.accumulate = 1  # parts of a batch, one after the other, whose gradients are averaged
 
     # Ours: transfer and DMD2 at once, from a dense model whose scores move until `round_at`, with
     # r_init, target, lambda_, alpha and r_learning_rate of `transfer`. The paper: it collapses.

@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     distill.clip_norm = 10.0  # SF+
     distill.ema_decay = 0.99  # SF+, which begins at step 200; here it rises to it
     distill.remat = "full"  # as wan1_3b.py
+    distill.accumulate = 2  # ours: half of the batch at a time, on 8 chips of 80 GB
     distill.one_stage = False
     distill.round_at = 0
     distill.divergence_factor = 100.0  # ours

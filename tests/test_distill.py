@@ -245,7 +245,7 @@ def test_the_start_regresses_the_first_step_on_the_teachers_samples(config, ours
     teacher, student = checkpoints.load(ours), checkpoints.load(linear)
     recipe, given, texts, knobs = parts(config, student, teacher)
     key, state = jax.random.key(5), jax.tree.map(np.array, given)
-    noise = jax.random.normal(key, (recipe.batch_size, *recipe.shape))
+    noise = distill_training._drawn(recipe, knobs, key)[1].noise
 
     def x_0(params, sizes, guidance_scale, sigmas, **kinds):
         network = training.network(recipe, sizes, params, **kinds)
@@ -273,6 +273,28 @@ def test_the_start_regresses_the_first_step_on_the_teachers_samples(config, ours
     assert 0 < float(jnp.abs(moved).max()) < 2 * knobs.generator_rate  # Adam's first step
     averaged = after["ema"]["proj_out"]["kernel"] - state["ema"]["proj_out"]["kernel"]
     np.testing.assert_allclose(averaged, 0.9 * moved, rtol=1e-3, atol=1e-7)
+
+
+def test_parts_of_a_batch_move_both_networks_as_the_whole(config, ours, linear):
+    teacher, student = checkpoints.load(ours), checkpoints.load(linear)
+
+    def moved(accumulate):
+        recipe, state, texts, knobs = parts(config, student, teacher, accumulate=accumulate)
+        state = jax.device_put(state, jax.devices()[0])
+        key = jax.random.key(4)
+        state, told = distill_training.update_generator(
+            recipe, state, teacher.transformer, texts, knobs, key
+        )
+        state, more = distill_training.update_fake_score(recipe, state, texts, knobs, key)
+        return state, told | more
+
+    (whole, told), (in_parts, again) = moved(1), moved(2)
+    for name in ("generator_loss", "loss", "gradient_norm", "fake_gradient_norm", "exit_step"):
+        np.testing.assert_allclose(again[name], told[name], rtol=2e-5, err_msg=name)
+    for network in ("optimizer", "fake"):
+        moments = [jax.tree.leaves(one[network]) for one in (in_parts, whole)]
+        for ours, theirs in zip(*moments, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_rates_and_the_averages_age_in_the_start_and_after(config):
@@ -393,6 +415,7 @@ def test_one_stage_chooses_layers_while_it_distils(config, ours, tmp_path, monke
         ({"start_steps": 3}, "start_steps is 3: choose 0, or a multiple of generator_every, 2"),
         ({"start_steps": STEPS}, "start_steps is 8: choose 0, or a multiple"),
         ({"batch_size": 0}, "distill.batch_size is 0: choose 1 or more"),
+        ({"accumulate": 3}, "distill.accumulate is 3: choose a divisor of distill.batch_size, 2"),
         ({"one_stage": True}, "has linear layers already, and distill.one_stage chooses them"),
         ({"one_stage": True, "round_at": 99}, "distill.round_at is 99: choose a step above start_"),
         (

@@ -137,16 +137,16 @@ def test_gradients_reach_the_trained_network_alone():
 def test_backward_simulation_is_a_plain_loop_with_fresh_noise(exit_step):
     sigmas = np.array([1.0, 0.9, 0.75, 0.5, 0.0])
     noise = np.random.default_rng(1).normal(size=(3, 1, 2, 2, 1)).astype(np.float32)
-    key, generator = jax.random.key(5), velocity_of(0.3, 0.8)
+    keys, generator = jax.random.split(jax.random.key(5), 3), velocity_of(0.3, 0.8)
     x, t = jax.jit(
-        lambda step: distillation.backward_simulation(generator, noise, sigmas, step, key)
+        lambda step: distillation.backward_simulation(generator, noise, sigmas, step, keys)
     )(exit_step)
     wanted = noise
     for i in range(exit_step):
         here, after = np.float32(sigmas[i]), np.float32(sigmas[i + 1])
         x_0 = wanted - here * generator(wanted, jnp.full(3, here))
-        fresh = jax.random.normal(jax.random.fold_in(key, i), noise.shape)
-        wanted = (1 - after) * x_0 + after * fresh
+        fresh = [jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]) for key in keys]
+        wanted = (1 - after) * x_0 + after * jnp.stack(fresh)
     np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(t, sigmas[exit_step], rtol=1e-6)
 
@@ -154,8 +154,9 @@ def test_backward_simulation_is_a_plain_loop_with_fresh_noise(exit_step):
 def test_nothing_flows_back_through_the_simulation():
     def loss(scale):
         x, _ = distillation.backward_simulation(
-            lambda x, t: scale * x, jnp.asarray(NOISE), np.array([1, 0.5, 0]), 1, jax.random.key(0)
-        )
+            lambda x, t: scale * x, jnp.asarray(NOISE), np.array([1, 0.5, 0]), 1,
+            jax.random.split(jax.random.key(0), len(NOISE)),
+        )  # fmt: skip
         return jnp.sum(x)
 
     assert jax.grad(loss)(0.7) == 0.0

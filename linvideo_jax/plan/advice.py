@@ -15,9 +15,8 @@ def changes(plan: Plan) -> list[str]:
         ]
     largest = plan.largest_batch
     if largest:
-        if "accumulate" in settings:
-            parts = -(-settings.batch_size // largest) * settings.accumulate
-            found.append(f"{field}.accumulate={_divisor(settings.batch_size, parts)}")
+        parts = -(-settings.batch_size // largest) * settings.accumulate
+        found.append(f"{field}.accumulate={_divisor(settings.batch_size, parts)}")
         found.append(f"{field}.batch_size={largest}")
     if settings.remat in ("none", "products"):
         found.append(f"{field}.remat=full")

@@ -114,7 +114,7 @@ class Distill(Stage):
         """In the generator's update. gradients: float32, shared as the weights are. copies: of the
         generator and of the fake score in the dtype of the products, half as wide."""
         config, size = recipe.student, self.given.size
-        tokens = memory.tokens(mesh, recipe.batch_size, size)
+        tokens = memory.tokens(mesh, recipe.batch_size // recipe.accumulate, size)
         return {
             "held": sum(held.values()),
             "gradients": held["generator's weights"],
@@ -129,7 +129,8 @@ class Distill(Stage):
         linear, every = self._linear(recipe), self.settings.generator_every
         return (
             f"{linear} of {recipe.student.num_layers} layers linear (assumed)",
-            f"updates: DMD2 to {len(recipe.sigmas) - 1} steps, batch {recipe.batch_size}, adamw, "
+            f"updates: DMD2 to {len(recipe.sigmas) - 1} steps, batch {recipe.batch_size} in "
+            f"{recipe.accumulate} part{'s' * (recipe.accumulate > 1)}, adamw, "
             f"remat {recipe.remat}, products in {recipe.dtype}; the generator at one step of "
             f"{every}",
         )

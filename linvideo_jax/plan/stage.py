@@ -53,7 +53,7 @@ class Stage(ABC):
     @property
     def accumulate(self) -> int:
         """Parts of a batch, one after the other."""
-        return self.settings.get("accumulate", 1)
+        return self.settings.accumulate
 
     @abstractmethod
     def recipe(self, mesh: Mesh | AbstractMesh, batch_size: int) -> Any:

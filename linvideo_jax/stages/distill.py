@@ -45,7 +45,7 @@ def run(config, workdir: Path) -> None:
     shape = pipeline.latent_shape(sampling)
     prompts = Prompts(config.prompts, pipeline, sampling.negative_prompt, settings.batch_size)
     del pipeline  # and with it the text encoder
-    rows = placement.rows(settings.batch_size)
+    rows = placement.rows(settings.batch_size, settings.accumulate)
     wan_config, params, r, mode = first_state(student, config)
     recipe = Recipe.of(
         settings,

@@ -1,5 +1,6 @@
 """The training of a few-step generator: its state, and the updates of both networks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from linvideo_jax import optimizers
-from linvideo_jax.errors import check_counts
+from linvideo_jax.errors import UserError, check_counts
 from linvideo_jax.flow import rectified, solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.module import Params
 from linvideo_jax.transfer import distillation, guidance, scores, training
-from linvideo_jax.transfer.objectives import Latents, Velocity
+from linvideo_jax.transfer.objectives import Latents, Times, Velocity
 
 State = dict[str, Any]
 
@@ -26,9 +27,10 @@ State = dict[str, Any]
 class Recipe:
     """Static: another value is another program. The fake score has the sizes of `fake`.
 
-    sigmas: of the steps, a 0 behind them; shape: of one video's latents; moving_scores: whether
-    layers are still chosen by scores (transfer and distillation in one stage); layout: of the mesh,
-    None on one device; start_sampler, start_sigmas: of the teacher's samples in `update_start`.
+    sigmas: of the steps, a 0 behind them; shape: of one video's latents; accumulate: parts of a
+    batch, one after the other; moving_scores: whether layers are still chosen by scores (transfer
+    and distillation in one stage); layout: of the mesh, None on one device; start_sampler,
+    start_sigmas: of the teacher's samples in `update_start`.
     """
 
     student: wan.WanConfig
@@ -42,6 +44,7 @@ class Recipe:
     betas: tuple[float, float]
     weight_decay: float
     clip_norm: float
+    accumulate: int = 1
     moving_scores: bool = False
     layout: Layout | None = None
     # The network is told 1000 t as it is, as the few-step samplers tell it.
@@ -64,8 +67,16 @@ class Recipe:
         dtype,
         layout: Layout | None = None,
     ) -> "Recipe":
-        """From `config.distill`; UserError for a count below 1."""
-        check_counts("distill", settings, ("batch_size", "generator_every"))
+        """From `config.distill`.
+
+        UserError for a count below 1, or a batch that `accumulate` does not divide.
+        """
+        check_counts("distill", settings, ("batch_size", "generator_every", "accumulate"))
+        if settings.batch_size % settings.accumulate:
+            raise UserError(
+                f"distill.accumulate is {settings.accumulate}: choose a divisor of "
+                f"distill.batch_size, {settings.batch_size}."
+            )
         return cls(
             student,
             teacher,
@@ -78,6 +89,7 @@ class Recipe:
             tuple(settings.betas),
             settings.weight_decay,
             settings.clip_norm,
+            settings.accumulate,
             settings.one_stage,
             layout,
             start_sampler=start_sampler,
@@ -155,26 +167,46 @@ def _teacher(recipe: Recipe, params: Params, texts: Texts, guidance_scale) -> Ve
     return guidance.guided(network, *texts, guidance_scale)
 
 
-def _met(recipe: Recipe, frozen: Velocity, key: jax.Array):
-    """(x_t, t, step): what the generator meets at a random step; the step is the batch's.
+class Drawn(NamedTuple):
+    """What an update draws for each sample of a batch, so that parts of it draw alike.
 
-    The key is the same on all hosts, and so is the step.
+    noise, keys: of its way to the step that is trained; later_noise, t: where its x_0 is noised to.
     """
-    first, exit_key, later = jax.random.split(key, 3)
+
+    noise: Latents
+    keys: Key[Array, " batch"]
+    later_noise: Latents
+    t: Times
+
+
+def _drawn(recipe: Recipe, knobs: Knobs, key: jax.Array) -> tuple[Int[Array, ""], Drawn]:
+    """(step of the sampling, the rest); the key is the same on all hosts, and so is the step."""
+    exit_key, first, way, later, times = jax.random.split(key, 5)
+    step = jax.random.randint(exit_key, (), 0, len(recipe.sigmas) - 1)
+    shape = (recipe.batch_size, *recipe.shape)
+    return step, Drawn(
+        jax.random.normal(first, shape),
+        jax.random.split(way, recipe.batch_size),
+        jax.random.normal(later, shape),
+        distillation.draw_times(times, recipe.batch_size, knobs.flow_shift),
+    )
+
+
+def _met(recipe: Recipe, frozen: Velocity, step: Int[Array, ""], drawn: Drawn):
+    """(x_t, t) that the generator meets at the step."""
     sigmas = np.asarray(recipe.sigmas)
-    step = jax.random.randint(exit_key, (), 0, len(sigmas) - 1)
-    noise = jax.random.normal(first, (recipe.batch_size, *recipe.shape))
-    return *distillation.backward_simulation(frozen, noise, sigmas, step, later), step
+    return distillation.backward_simulation(frozen, drawn.noise, sigmas, step, drawn.keys)
 
 
 def _x_0(velocity: Velocity, x: Latents, t: Array) -> Latents:
     return rectified.x0_from_velocity(x, velocity(x, t), t)
 
 
-def _noised(recipe: Recipe, knobs: Knobs, key: jax.Array):
-    noise, times = jax.random.split(key)
-    t = distillation.draw_times(times, recipe.batch_size, knobs.flow_shift)
-    return jax.random.normal(noise, (recipe.batch_size, *recipe.shape)), t
+def _mean_over_parts(recipe: Recipe, of_part: Callable[..., Any], texts: Texts, drawn: Drawn):
+    def laid_out(part):
+        return training.kept(recipe, of_part(*part))
+
+    return optimizers.mean_over_parts(laid_out, (texts, drawn), recipe.accumulate)
 
 
 def _applied(recipe: Recipe, params: Params, moments, grads: Params, rate):
@@ -188,18 +220,20 @@ def update_fake_score(recipe: Recipe, state: State, texts: Texts, knobs: Knobs, 
 
     The buffers of the state that is given are gone after it (donated): use the new one alone.
     """
-    here, there = jax.random.split(key)
-    student = generator(recipe, state["params"], state["r"], state["mode"], texts)
-    x, t, _ = _met(recipe, student, here)
-    x_0 = _x_0(student, x, t)
-    noise, t = _noised(recipe, knobs, there)
-
-    def loss(params):
-        fake = training.network(recipe, recipe.fake, params, remat=recipe.remat)
-        return distillation.fake_score_loss(_on(fake, texts), x_0, noise, t)
-
+    step, drawn = _drawn(recipe, knobs, key)
     fake = state["fake"]
-    value, grads = jax.value_and_grad(loss)(fake["params"])
+
+    def of_part(texts, drawn):
+        student = generator(recipe, state["params"], state["r"], state["mode"], texts)
+        x_0 = _x_0(student, *_met(recipe, student, step, drawn))
+
+        def loss(params):
+            network = _on(training.network(recipe, recipe.fake, params, remat=recipe.remat), texts)
+            return distillation.fake_score_loss(network, x_0, drawn.later_noise, drawn.t)
+
+        return jax.value_and_grad(loss)(fake["params"])
+
+    value, grads = _mean_over_parts(recipe, of_part, texts, drawn)
     params, moments = _applied(recipe, fake["params"], fake["optimizer"], grads, knobs.fake_rate)
     metrics = {"loss": value, "fake_gradient_norm": optax.tree.norm(grads)}
     new = state | {"fake": {"params": params, "optimizer": moments}}
@@ -212,16 +246,16 @@ def generator_objective(
     state: State,
     teacher_params: Params,
     texts: Texts,
+    step: Int[Array, ""],
+    drawn: Drawn,
     knobs: Knobs,
-    key: jax.Array,
 ):
     """(loss, metrics) of `trained`, which holds "params" and "r": DMD2's generator loss.
 
     With moving scores lambda (L_con + L_reg) is added (LinVideo, eq. 14).
     """
-    here, there = jax.random.split(key)
     frozen = jax.lax.stop_gradient((trained["params"], trained["r"]))
-    x, t, step = _met(recipe, generator(recipe, *frozen, state["mode"], texts), here)
+    x, t = _met(recipe, generator(recipe, *frozen, state["mode"], texts), step, drawn)
     student = generator(
         recipe, trained["params"], trained["r"], state["mode"], texts, remat=recipe.remat
     )
@@ -230,12 +264,13 @@ def generator_objective(
     teacher = _teacher(recipe, teacher_params, texts, knobs.guidance_scale)
     value = distillation.generator_loss(
         x_0,
-        *_noised(recipe, knobs, there),
+        drawn.later_noise,
+        drawn.t,
         _on(fake, texts),
         teacher,
         knobs.normalise,
     )
-    metrics = {"generator_loss": value, "exit_step": step, "sample_deviation": jnp.std(x_0)}
+    metrics = {"generator_loss": value, "sample_deviation": jnp.std(x_0)}
     if recipe.moving_scores:
         con = scores.constraint(trained["r"], knobs.target)
         reg = scores.regulariser(trained["r"], knobs.alpha)
@@ -259,9 +294,14 @@ def update_generator(
     The state is given back as in `update_fake_score`.
     """
     trained = {"params": state["params"], "r": state["r"]}
-    grads, metrics = jax.grad(generator_objective, has_aux=True)(
-        trained, recipe, state, teacher_params, texts, knobs, key
-    )
+    step, drawn = _drawn(recipe, knobs, key)
+
+    def of_part(*part):
+        arguments = recipe, state, teacher_params, part[0], step, part[1], knobs
+        return jax.grad(generator_objective, has_aux=True)(trained, *arguments)
+
+    grads, metrics = _mean_over_parts(recipe, of_part, texts, drawn)
+    metrics |= {"exit_step": step}
     new, more = _generator_moved(recipe, state, grads["params"], knobs)
     new["r"] = training.descended(state, grads["r"], knobs.r_learning_rate)
     return training.kept(recipe, new), training.kept(recipe, metrics | more)
@@ -280,21 +320,28 @@ def update_start(
 
     The teacher is sampled here, with guidance. The state is given back as in `update_fake_score`.
     """
-    noise = jax.random.normal(key, (recipe.batch_size, *recipe.shape))
-    teacher = _teacher(recipe, teacher_params, texts, knobs.guidance_scale)
-    x_0 = solvers.sample(
-        lambda x, t: teacher(x, jnp.full(x.shape[:1], t)),
-        noise,
-        np.asarray(recipe.start_sigmas),
-        recipe.start_sampler,
-    )
-    t = jnp.full(noise.shape[:1], recipe.sigmas[0])
+    _, drawn = _drawn(recipe, knobs, key)
 
-    def loss(params):
-        student = generator(recipe, params, state["r"], state["mode"], texts, remat=recipe.remat)
-        return distillation.regression_loss(student, noise, t, x_0)
+    def of_part(texts, drawn):
+        noise = drawn.noise
+        teacher = _teacher(recipe, teacher_params, texts, knobs.guidance_scale)
+        x_0 = solvers.sample(
+            lambda x, t: teacher(x, jnp.full(x.shape[:1], t)),
+            noise,
+            np.asarray(recipe.start_sigmas),
+            recipe.start_sampler,
+        )
+        t = jnp.full(noise.shape[:1], recipe.sigmas[0])
 
-    value, grads = jax.value_and_grad(loss)(state["params"])
+        def loss(params):
+            student = generator(
+                recipe, params, state["r"], state["mode"], texts, remat=recipe.remat
+            )
+            return distillation.regression_loss(student, noise, t, x_0)
+
+        return jax.value_and_grad(loss)(state["params"])
+
+    value, grads = _mean_over_parts(recipe, of_part, texts, drawn)
     new, metrics = _generator_moved(recipe, state, grads, knobs)
     return training.kept(recipe, new), training.kept(recipe, metrics | {"regression": value})
 

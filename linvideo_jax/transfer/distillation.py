@@ -10,10 +10,10 @@ Equations as in CausVid, Self-Forcing and FastVideo, whose flow forms agree.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from linvideo_jax.errors import UserError
-from linvideo_jax.flow import rectified
+from linvideo_jax.flow import rectified, solvers
 from linvideo_jax.transfer.objectives import Latents, Times, Velocity, flow_matching
 
 __all__ = [
@@ -63,21 +63,21 @@ def backward_simulation(
     noise: Latents,
     sigmas: Float[np.ndarray, " steps+1"],
     exit_step: Int[Array, ""] | int,
-    key: jax.Array,
+    keys: Key[Array, " batch"],
 ) -> tuple[Latents, Times]:
     """(x_t, t) that the generator meets at step `exit_step` (from 0) of its own few-step sampling.
 
     Steps before it run as the sampler "renoise" does, each an x_0 and fresh noise on top, without
     a gradient. The generator so trains on its own states and no data are needed (DMD2, section
-    4.5). Only steps that are needed run.
+    4.5). Only steps that are needed run. keys: one a sample, as
+    `solvers.sample` takes them.
     """
     grid = jnp.asarray(sigmas, jnp.float32)
 
     def step(i, x):
         t = jnp.full(x.shape[:1], grid[i])
         x_0 = rectified.x0_from_velocity(x, generator(x, t), t)
-        fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape)
-        return rectified.interpolate(x_0, fresh, grid[i + 1])
+        return rectified.interpolate(x_0, solvers.renoise_noise(keys, i, x), grid[i + 1])
 
     x = jax.lax.fori_loop(0, exit_step, step, noise)
     return jax.lax.stop_gradient(x), jnp.full(noise.shape[:1], grid[exit_step])
