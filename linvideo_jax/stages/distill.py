@@ -138,8 +138,13 @@ def run(config, workdir: Path) -> None:
 def check(config) -> None:
     """UserError for what `config.distill` cannot mean, before anything is loaded."""
     settings = config.distill
-    counts = ("batch_size", "generator_every", "log_every", "save_every", "start_sampling_steps")
-    check_counts("distill", settings, counts)
+    counts = ("batch_size", "accumulate", "generator_every", "log_every", "save_every")
+    check_counts("distill", settings, (*counts, "start_sampling_steps"))
+    if settings.batch_size % settings.accumulate:
+        raise UserError(
+            f"distill.accumulate is {settings.accumulate}: choose a divisor of "
+            f"distill.batch_size, {settings.batch_size}."
+        )
     if settings.sampler not in solvers.FEW_STEP_SAMPLERS:
         raise UserError(
             f"distill.sampler is {settings.sampler!r}: choose one of "
