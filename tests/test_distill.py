@@ -191,19 +191,9 @@ def test_interrupted_and_resumed_equals_undisturbed(config, trained, tmp_path, m
 def parts(config, student, teacher, **recipe):
     """(recipe, state, texts, knobs) of a run."""
     settings = distill.few_step_sampling(teacher.sampling, config.distill)
-    start = distill.start_sampling(teacher.sampling, config.distill)
     sizes, params, r, mode = distill.first_state(student, config)
-    made = distill_training.Recipe.of(
-        config.distill,
-        student=sizes,
-        teacher=teacher.wan_config,
-        fake=teacher.wan_config,
-        sigmas=settings.sigmas(),
-        start_sampler=start.sampler,
-        start_sigmas=start.sigmas(),
-        shape=Pipeline(teacher).latent_shape(settings),
-        dtype="float32",
-    )
+    shape = Pipeline(teacher).latent_shape(settings)
+    made = distill.recipe_of(config, sizes, teacher.wan_config, teacher.sampling, shape)
     made = dataclasses.replace(made, **recipe)
     state = distill_training.initial_state(made, params, teacher.transformer, r, mode)
     texts = distill.Prompts(config.prompts, Pipeline(teacher), "", made.batch_size)

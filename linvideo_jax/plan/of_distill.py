@@ -38,18 +38,11 @@ class Distill(Stage):
                 "distill.one_stage is not planned: plan stage transfer and stage distill apart."
             )
         dense = not settings.require_selection
-        start = distill.start_sampling(self.given.sampling, settings)
-        made = Recipe.of(
-            settings,
-            student=teacher if dense else training.student_config(teacher),
-            teacher=teacher,
-            fake=teacher,
-            sigmas=distill.few_step_sampling(self.given.sampling, settings).sigmas(),
-            start_sampler=start.sampler,
-            start_sigmas=start.sigmas(),
-            shape=self.given.latent_shape,
-            dtype=self.config.dtype,
-            layout=layout_of(mesh, teacher.num_attention_heads, exchange_of(self.config)),
+        student = teacher if dense else training.student_config(teacher)
+        layout = layout_of(mesh, teacher.num_attention_heads, exchange_of(self.config))
+        given = self.given
+        made = distill.recipe_of(
+            self.config, student, teacher, given.sampling, given.latent_shape, layout
         )
         return replace(made, batch_size=batch_size)
 

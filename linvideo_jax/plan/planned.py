@@ -116,9 +116,9 @@ def make(config, text: str, say: Callable[[str], None] = print) -> Plan:
     sizes = meshes.resolve(meshes.of_config(config), machine.num_chips)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     batch = stage.settings.batch_size
-    check_batch(mesh, batch, stage.accumulate)
+    check_batch(mesh, batch, stage.settings.accumulate)
     recipe = stage.recipe(mesh, batch)
-    unit = sizes["data"] * sizes["fsdp"] * stage.accumulate
+    unit = sizes["data"] * sizes["fsdp"] * stage.settings.accumulate
     # A second one gives the line on which larger batches lie.
     batches = batch, unit if batch > unit else 2 * unit
     if text == "here" or machine.is_tpu:

@@ -50,11 +50,6 @@ class Stage(ABC):
         self.given: Problem = rehearsal.problem(config)
         self.config, self.settings = config, config[self.group]
 
-    @property
-    def accumulate(self) -> int:
-        """Parts of a batch, one after the other."""
-        return self.settings.accumulate
-
     @abstractmethod
     def recipe(self, mesh: Mesh | AbstractMesh, batch_size: int) -> Any:
         """What the updates are compiled for; UserError for settings that cannot be."""

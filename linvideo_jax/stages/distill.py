@@ -40,25 +40,14 @@ def run(config, workdir: Path) -> None:
     placement = Placement.of(config, heads_of(student, teacher))
     beside = transfer.Beside.of(config.checkpoint)
     sampling = few_step_sampling(teacher.sampling, settings)
-    start = start_sampling(teacher.sampling, settings)
     pipeline = Pipeline(turns.open_folder(config.teacher), config.dtype)
     shape = pipeline.latent_shape(sampling)
     prompts = Prompts(config.prompts, pipeline, sampling.negative_prompt, settings.batch_size)
     del pipeline  # and with it the text encoder
     rows = placement.rows(settings.batch_size, settings.accumulate)
     wan_config, params, r, mode = first_state(student, config)
-    recipe = Recipe.of(
-        settings,
-        student=wan_config,
-        teacher=teacher.wan_config,
-        fake=teacher.wan_config,
-        sigmas=sampling.sigmas(),
-        start_sampler=start.sampler,
-        start_sigmas=start.sigmas(),
-        shape=shape,
-        dtype=config.dtype,
-        layout=placement.layout,
-    )
+    sizes = wan_config, teacher.wan_config
+    recipe = recipe_of(config, *sizes, teacher.sampling, shape, placement.layout)
     fake = transfer.score_network(settings.fake_score, teacher, "distill.fake_score")
     schedule = optimizers.warmup_cosine(
         1.0, settings.num_steps, settings.lr_warmup_steps, settings.final_learning_rate
@@ -78,9 +67,9 @@ def run(config, workdir: Path) -> None:
             texts = placement.batch(
                 prompts.draw(config.seed, 2 * step + 1, rows), settings.batch_size
             )
-            update = distill_training.update_generator
-            if starting:
-                update = distill_training.update_start
+            update = (
+                distill_training.update_start if starting else distill_training.update_generator
+            )
             state, metrics = update(recipe, state, teacher.transformer, texts, knobs, actor)
         texts = placement.batch(prompts.draw(config.seed, 2 * step, rows), settings.batch_size)
         state, more = distill_training.update_fake_score(recipe, state, texts, knobs, critic)
@@ -212,6 +201,34 @@ def check_student(student, teacher, settings) -> None:
 def heads_of(student: checkpoints.Checkpoint, teacher: checkpoints.Checkpoint) -> int:
     """A number that the mesh's axis context divides if it divides the heads of both."""
     return math.gcd(*(one.wan_config.num_attention_heads for one in (student, teacher)))
+
+
+def recipe_of(
+    config,
+    student: wan.WanConfig,
+    teacher: wan.WanConfig,
+    sampling: Mapping[str, Any],
+    shape: tuple[int, ...],
+    layout: Any = None,
+) -> Recipe:
+    """What the updates are compiled for; sampling: the teacher's; shape: of a video's latents.
+
+    UserError as `few_step_sampling` and `start_sampling`.
+    """
+    settings = config.distill
+    start = start_sampling(sampling, settings)
+    return Recipe.of(
+        settings,
+        student=student,
+        teacher=teacher,
+        fake=teacher,
+        sigmas=few_step_sampling(sampling, settings).sigmas(),
+        start_sampler=start.sampler,
+        start_sigmas=start.sigmas(),
+        shape=shape,
+        dtype=config.dtype,
+        layout=layout,
+    )
 
 
 def few_step_sampling(teacher: Mapping[str, Any], settings) -> Settings:
