@@ -15,6 +15,8 @@ mp4                         writing the files, and decoding into them as sample.
 scaling                     one forward against the number of tokens (--scaling)
 batch                       one to eight videos in a forward (--scaling)
 profile_1.3b, profile_14b   the slowest kernels, and named scopes
+pace_1.3b, pace_14b         LinVideo's forward over and over for a minute, with the GPU's clock,
+                            power and temperature during each: whether it keeps its pace
 pieces                      choices that want a measurement: products apart or as one, the VAE's
                             convolution by taps side by side (as it is) or as cuDNN's own
 flags                       one forward of 1.3B under other flags of XLA, each in a process
@@ -137,6 +139,7 @@ class Benchmark:
             known[f"ours_{name}"] = partial(self.forward, name, theirs=False)
             known[f"steps_{name}"] = partial(self.consecutive_steps, name)
             known[f"profile_{name}"] = partial(self.profile, name)
+            known[f"pace_{name}"] = partial(self.pace, name)
         others = (self.stages, self.mp4, self.scaling, self.batch, self.pieces, self.mesh_of_one)
         return known | {part.__name__: part for part in others} | {"flags": self.flags}
 
@@ -279,6 +282,19 @@ class Benchmark:
             run = ours.forward(size.shape, layers)
             found[row] = hot_kernels.profile(run.run, run.program)
         return size.about() | {"rows": found}
+
+    def pace(self, name: str) -> dict[str, Any]:
+        """Seconds of LinVideo's forwards in a row, and what the GPU says of itself during each."""
+        size, minute = self.sizes[name], 0.0 if self.small else 60.0
+        ours = contenders.Ours(size.models.transformer, self.dtype)
+        forward, points = ours.forward(size.shape, size.rows()["LinVideo"]).run, []
+        began = time.perf_counter()
+        with ThreadPoolExecutor(1) as beside:
+            while not points or time.perf_counter() - began < minute:
+                seen, start = beside.submit(measure.gpu_state), time.perf_counter()
+                forward()
+                points.append({"seconds": time.perf_counter() - start, **seen.result()})
+        return size.about() | {"points": points}
 
     def pieces(self) -> dict[str, Any]:
         """Queries, keys and values by three products or one, convolutions in two or three axes."""

@@ -93,6 +93,8 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     for key, part in parts.items():
         if key.startswith("profile_"):
             lines += _profile(part)
+        if key.startswith("pace_"):
+            lines += _pace(part)
     failed = {key: part["error"] for key, part in results["parts"].items() if "error" in part}
     return lines + [f"Not measured: {key} ({error})." for key, error in failed.items()]
 
@@ -114,6 +116,17 @@ def _profile(part: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| `{kernel['name']}` | {kernel['milliseconds']:.2f} | {kernel['share']:.1%} |"
         )
+    return lines
+
+
+def _pace(part: Mapping[str, Any]) -> list[str]:
+    """Forwards in a row, and the GPU during each."""
+    names = list(part["points"][0])
+    lines = ["", f"| {part['size']}, forwards in a row | {' | '.join(names)} |"]
+    lines += ["|---" * (1 + len(names)) + "|"]
+    for number, point in enumerate(part["points"], 1):
+        cells = (f"{point[name]:.{2 if name == 'seconds' else 0}f}" for name in names)
+        lines.append(f"| {number} | {' | '.join(cells)} |")
     return lines
 
 

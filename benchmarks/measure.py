@@ -220,6 +220,18 @@ def ready(run: Callable[..., Any], *inputs: Any) -> Any:
     return jax.block_until_ready(run(*inputs))
 
 
+def gpu_state() -> dict[str, float]:
+    """Clock in MHz, power in W, temperature in C of JAX's first GPU now; {} where none is seen."""
+    names = {"clock": "clocks.sm", "power": "power.draw", "temperature": "temperature.gpu"}
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(names.values())}"]
+    try:
+        told = subprocess.check_output([*command, "--format=csv,noheader,nounits"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(names, map(float, told.split(",")), strict=True))
+
+
 def relative_error(ours: Any, theirs: Any) -> float:
     """Distance of two arrays, relative to the norm of the second one."""
     ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))

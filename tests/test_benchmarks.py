@@ -213,6 +213,9 @@ def test_parts_that_sample_run(run, tmp_path):
     given = {"small": "true", "out": tmp_path / "out.json"}
     code, _, err = run(latency, parts="steps_1.3b", rounds=1, steps=1, **given)
     assert code == 0, err
+    code, _, err = run(latency, parts="pace_1.3b", **given)
+    assert code == 0, err
+    assert "forwards in a row" in (tmp_path / "out.md").read_text()
     given["out"] = tmp_path / "full.json"
     code, _, err = run(full_size, parts="large", folder=tmp_path / "folder", **given)
     assert code == 0, err
