@@ -71,8 +71,8 @@ def markdown(table: Table, columns: Sequence[Any] = COLUMNS) -> str:
         column for column in columns if any(_figure(run, column[0]) is not None for run in runs)
     ]
     lines = [["", *(heading for _, heading, _, _ in shown)]]
-    for teacher in _teachers(runs):
-        lines.append(["teacher", *(_cell([{"figures": teacher}], column) for column in shown)])
+    for name, teacher in _teachers(runs).items():
+        lines.append([name, *(_cell([{"figures": teacher}], column) for column in shown)])
     for name, row in table["rows"].items():
         cells = [_cell(row["runs"], column) for column in shown]
         lines.append([name + _note(row["runs"], table["seeds"]), *cells])
@@ -170,10 +170,22 @@ def summary(table: Table) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _teachers(runs: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The teacher's figures, once for each way of evaluating."""
-    different = {run["evaluated_by"]: run["teacher"] for run in runs if "teacher" in run}
-    return list(different.values())
+def _teachers(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The teacher's figures, once for each way of evaluating, by what tells these ways apart."""
+    different = {run["evaluated_by"]: run for run in runs if "teacher" in run}
+    if len(different) == 1:
+        return {"teacher": run["teacher"] for run in different.values()}
+    named = {}
+    for run in different.values():
+        settings = run["made"]["settings"]
+        others = [other["made"]["settings"] for other in different.values()]
+        told = [
+            f"{key.replace('_', ' ')} {value}"
+            for key, value in settings.items()
+            if any(other[key] != value for other in others)
+        ]
+        named[", ".join(["teacher", *told])] = run["teacher"]
+    return named
 
 
 def _figure(run: dict[str, Any], path: tuple[str, str]) -> float | None:
