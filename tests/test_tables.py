@@ -65,6 +65,18 @@ def test_means_spreads_and_what_is_missing():
     ]
 
 
+def test_teachers_are_told_apart_by_how_they_were_evaluated():
+    def at(frames):
+        made = {"settings": {"num_frames": frames, "sampler": "unipc"}}
+        return {"evaluated_by": str(frames), "made": made, "teacher": {"right.all": frames / 100}}
+
+    text = tables.markdown(table(a=[run("a", 0, 0.5, **at(25))], b=[run("b", 0, 0.5, **at(81))]))
+    assert text.splitlines()[2:4] == [
+        "| teacher, num frames 25 | 25.0 |",
+        "| teacher, num frames 81 | 81.0 |",
+    ]
+
+
 def test_rows_of_an_earlier_run_stay():
     begun = {"name": "b", "seed": 0, "status": "begun"}
     before = tables.finished(table(a=[run("a", 0, 0.1)], b=[run("b", 1, 0.2)]))

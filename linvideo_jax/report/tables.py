@@ -173,16 +173,13 @@ def summary(table: Table) -> str:
 def _teachers(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The teacher's figures, once for each way of evaluating, by what tells these ways apart."""
     different = {run["evaluated_by"]: run for run in runs if "teacher" in run}
-    if len(different) == 1:
-        return {"teacher": run["teacher"] for run in different.values()}
+    settings = {by: run.get("made", {}).get("settings", {}) for by, run in different.items()}
     named = {}
-    for run in different.values():
-        settings = run["made"]["settings"]
-        others = [other["made"]["settings"] for other in different.values()]
+    for by, run in different.items():
         told = [
             f"{key.replace('_', ' ')} {value}"
-            for key, value in settings.items()
-            if any(other[key] != value for other in others)
+            for key, value in settings[by].items()
+            if any(other.get(key) != value for other in settings.values())
         ]
         named[", ".join(["teacher", *told])] = run["teacher"]
     return named
