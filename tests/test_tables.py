@@ -95,7 +95,7 @@ def test_agreement_of_choices_with_each_other_and_with_the_profile():
     runs = [run("s", 0, 0.5, [0, 1]), run("s", 1, 0.5, [1, 2]), run("manual", 0, 0.5)]
     assert list(chosen.layer_errors(PROFILE)) == pytest.approx([0.4, 0.1, 0.4, 0.6])
     found = chosen.agreement(runs, PROFILE)
-    assert found["between_seeds"] == 0.5 and found["by_chance"] == 0.5
+    assert found["between_runs"] == 0.5 and found["by_chance"] == 0.5
     assert found["with_profile"] == 0.75  # the profile takes layers 1 and 2
     # Chosen 1, 2, 1, 0 times: ranks 2.5, 4, 2.5, 1 of both, but for the errors 0.4 and 0.4.
     assert found["rank_correlation"] == pytest.approx(1.0)
@@ -116,10 +116,10 @@ def test_documents_are_made_of_the_results(tmp_path, capsys):
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| s | 55.0 ± 7.1 | 2.0 ± 0.0 |" in text and "`python train.py`; cpu" in text
     assert "<!-- table other -->\nNot run yet.\n<!-- end -->" in text and "old" not in text
-    assert "where scores chose 2: between seeds 1.00, with profile 0.50, by chance 0.50" in text
+    assert "where scores chose 2: between runs 1.00, with profile 0.50, by chance 0.50" in text
     assert "![s-chosen](results/s-chosen.svg)" in text
     kept = json.loads((tmp_path / "docs" / "results" / "s.json").read_text())
-    assert kept["agreement"]["2"]["between_seeds"] == 1.0
+    assert kept["agreement"]["2"]["between_runs"] == 1.0
     svg = ElementTree.parse(tmp_path / "docs" / "results" / "s-chosen.svg").getroot()
     squares = [e for e in svg.iter() if "var(--linear)" in e.get("style", "")]
     assert len(squares) == 4

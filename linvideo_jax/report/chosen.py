@@ -12,7 +12,7 @@ from linvideo_jax.transfer import selection
 
 Record = dict[str, Any]
 
-_CELL, _LEFT, _ROW = 22, 150, 26
+_CELL, _ROW, _CHARACTER = 22, 26, 7
 
 
 def chose(runs: Sequence[Record]) -> list[Record]:
@@ -32,7 +32,7 @@ def layer_errors(profile: Record) -> np.ndarray:
 def agreement(runs: Sequence[Record], profile: Record) -> dict[str, float]:
     """How the choices of several runs agree with each other and with the profile.
 
-    between_seeds: the mean over pairs of runs of the share of layers in common; with_profile: the
+    between_runs: the mean over pairs of runs of the share of layers in common; with_profile: the
     same with the profile's own greedy choice of as many; by_chance: what random choices of as many
     layers have in common on average. rank_correlation: Spearman's, of how often a layer was chosen
     and minus its error.
@@ -43,7 +43,7 @@ def agreement(runs: Sequence[Record], profile: Record) -> dict[str, float]:
     pairs = [(a, b) for i, a in enumerate(sets) for b in sets[:i]]
     greedy = [(a, set(selection.by_profile(profile, len(a), num_layers))) for a in sets]
     result = {
-        "between_seeds": _common(pairs),
+        "between_runs": _common(pairs),
         "with_profile": _common(greedy),
         "by_chance": float(np.mean([len(each) for each in sets])) / num_layers,
     }
@@ -63,32 +63,33 @@ def picture(runs: Sequence[Record], num_layers: int, profile: Record | None = No
 
     The profile's bars are each layer's error, relative to the largest.
     """
-    runs = chose(runs)
-    width, parts, y = _LEFT + _CELL * num_layers + 10, [], 8
-    for run in runs:
-        label = html.escape(f"{run['name']}, seed {run['seed']}")
-        parts.append(f'<text class="label" x="8" y="{y + 15}">{label}</text>')
+    runs, note = chose(runs), "error in the profile"
+    labels = [f"{run['name']}, seed {run['seed']}" for run in runs]
+    left = 16 + _CHARACTER * max(map(len, [*labels, note]))
+    width, parts, y = left + _CELL * num_layers + 10, [], 8
+    for run, label in zip(runs, labels, strict=True):
+        parts.append(f'<text class="label" x="8" y="{y + 15}">{html.escape(label)}</text>')
         for layer in range(num_layers):
             linear = layer in run["selection"]["layers"]
             style = "fill:var(--linear)" if linear else "fill:var(--field);stroke:var(--rule)"
             parts.append(
-                f'<rect x="{_LEFT + _CELL * layer}" y="{y}" width="{_CELL - 3}" '
+                f'<rect x="{left + _CELL * layer}" y="{y}" width="{_CELL - 3}" '
                 f'height="{_CELL - 3}" rx="3" style="{style}"/>'
             )
         y += _ROW
     if profile is not None:
         errors = layer_errors(profile)
-        parts.append(f'<text class="label" x="8" y="{y + 32}">error in the profile</text>')
+        parts.append(f'<text class="label" x="8" y="{y + 32}">{note}</text>')
         for layer, error in enumerate(errors):
             height = 40 * error / errors.max()
             parts.append(
-                f'<rect x="{_LEFT + _CELL * layer}" y="{y + 44 - height:.1f}" '
+                f'<rect x="{left + _CELL * layer}" y="{y + 44 - height:.1f}" '
                 f'width="{_CELL - 3}" height="{height:.1f}" style="fill:var(--before)">'
                 f"<title>layer {layer}: {error:.3g}</title></rect>"
             )
         y += 50
     for layer in range(num_layers):
-        x = _LEFT + _CELL * layer + (_CELL - 3) / 2
+        x = left + _CELL * layer + (_CELL - 3) / 2
         parts.append(f'<text x="{x}" y="{y + 10}" text-anchor="middle">{layer}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {y + 18}">'

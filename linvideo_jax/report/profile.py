@@ -36,8 +36,9 @@ def figure(profile: dict[str, Any]) -> str:
         parts.append(f'<text class="label" x="8" y="{top + 16}">{html.escape(title)}</text>')
         parts.append(chart.replace('<svg class="chart " ', place, 1))
         top += _HEAD + _HEIGHT
-    note = f"x: first of {profile['width']} consecutive layers made linear"
-    parts.append(f'<text class="label" x="8" y="{top + 14}">{note}</text>')
+    width = profile["width"]
+    note = f"x: first of {width} consecutive layers" if width > 1 else "x: the layer"
+    parts.append(f'<text class="label" x="8" y="{top + 14}">{note} made linear</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {_WIDTH} {top + 22}">'
         f"<style>{CSS}</style>"
