@@ -1,5 +1,6 @@
 """What the benchmarks are made of; they themselves run on any machine with --small."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from benchmarks import (
     plans,
     random_checkpoint,
     tables,
+    trajectory_errors,
     tune_softmax,
     two_gpus,
     two_gpus_table,
@@ -219,6 +221,58 @@ def test_parts_that_sample_run(run, tmp_path):
     given["out"] = tmp_path / "full.json"
     code, _, err = run(full_size, parts="large", folder=tmp_path / "folder", **given)
     assert code == 0, err
+
+
+def test_errors_of_steps_and_what_they_move():
+    """Linear flows u = c x: the end of a trajectory is a product over its steps."""
+    grid, scale = (1.0, 0.6, 0.3, 0.0), 2.0
+
+    class Linear:
+        def __init__(self, cond, neg):
+            self.cond, self.neg = cond, neg
+            self.guided = neg + scale * (cond - neg)
+
+        def at(self, problem, x, step):
+            return self.cond * x, self.neg * x
+
+        def rest(self, problem, x, step):
+            for t, following in itertools.pairwise(grid[step:]):
+                x = x + (following - t) * self.guided * x
+            return x
+
+    start = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 2)), jnp.float32)
+    problem = trajectory_errors.Problem(start, None, None, grid, "euler", scale)
+    teacher, student = Linear(0.5, 0.2), Linear(0.7, 0.1)
+    found = trajectory_errors.measured(teacher, student, problem)
+    # x shrinks by these factors a step; the student's guided velocity is 0.5 x away.
+    factors, square = (0.68, 0.76, 0.76), float(jnp.mean(start**2))
+    ends = [0.4 * 0.76 * 0.76, 0.3 * 0.68 * 0.76, 0.3 * 0.68 * 0.76]
+    for step, row in enumerate(found["rows"]):
+        size = square * np.prod(factors[:step]) ** 2
+        assert row["step"] == step and row["t"] == grid[step]
+        assert row["error_cond"] == pytest.approx(0.04 * size, rel=1e-4)
+        assert row["error_neg"] == pytest.approx(0.01 * size, rel=1e-4)
+        assert row["error_guided"] == pytest.approx(0.25 * size, rel=1e-4)
+        moved = (0.5 * ends[step]) ** 2 * square
+        assert row["displacement"] == pytest.approx(moved, rel=1e-4)
+    own = np.prod([1 - 1.3 * width for width in (0.4, 0.3, 0.3)])
+    assert found["distance"] == pytest.approx((own - np.prod(factors)) ** 2 * square, rel=1e-4)
+    assert "| 0 | 1.000 |" in trajectory_errors.table(found)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"teacher": "assets/wan_digits_linear"}, "has linear layers: name the teacher without"),
+        ({"num_videos": "1000"}, "choose 1 to 256, the prompts in the file"),
+        ({"seed": "x"}, "a number is needed"),
+    ],
+)
+def test_trajectory_errors_refuse_what_cannot_be(run, tmp_path, changes, problem):
+    given = {"checkpoint": "assets/wan_digits_linear", "teacher": "assets/wan_digits"}
+    out = tmp_path / "out.json"
+    code, _, err = run(trajectory_errors, **{**given, "out": out, **changes})
+    assert code == 2 and problem in err and not out.exists()
 
 
 def test_results_are_of_one_device_and_parts_are_not_measured_twice(tmp_path, capsys):

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
         ("long_mse_at_81", of["mse"]),
         ("long_printed_at_81", of["adm_printed"]),
         ("long_own_few_at_81", of["own_few"]),
+        ("long_own_whole_at_81", of["own_whole"]),
         ("long_at_25", at_25),
         ("short_at_81", short),
         ("short_at_25", {**short, **at_25}),
