@@ -5,16 +5,10 @@ python train.py --config=configs/ablations/length.py --workdir=runs/ablations/le
 
 Rows are long_ or short_ by the length of the pairs that they are trained on, and _at_81 or _at_25
 by that of the videos that are measured; two evaluations of one training share it. The teacher must
-know both lengths; the one in assets/ has seen 25 frames alone. It is trained on, after the VAE's
-decoder at the new length, by
+know both lengths; the one in assets/ has seen 25 frames alone. It is trained on by
 
-python train.py --config=configs/digits_pretrain.py --workdir=runs/decoder_81 \
-    --config.checkpoint=assets/wan_digits --config.pretrain.parts="('vae',)" \
-    --config.pretrain.vae.freeze_encoder=True --config.pretrain.vae.num_frames=81 \
-    --config.pretrain.vae.batch_size=4 --config.pretrain.vae.num_steps=300 \
-    --config.pretrain.vae.learning_rate=3e-4
 python train.py --config=configs/digits_pretrain.py --workdir=runs/long_teacher \
-    --config.checkpoint=runs/decoder_81/final --config.pretrain.parts="('transformer',)" \
+    --config.checkpoint=assets/wan_digits --config.pretrain.parts="('transformer',)" \
     --config.pretrain.transformer.sizes.short.num_clips=32768 \
     --config.pretrain.transformer.sizes.long.num_clips=24576 \
     --config.pretrain.transformer.learning_rate=1e-3 --config.pretrain.transformer.minutes=7.5
