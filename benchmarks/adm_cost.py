@@ -62,10 +62,7 @@ def program(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input."""
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
     command_line.required(given, "out")
-    try:
-        numbers = {name: int(given[name]) for name in NUMBERS}
-    except ValueError as error:
-        raise UserError(f"a number is needed ({error}): --help lists the flags.") from None
+    numbers = command_line.integers(given, *NUMBERS)
     command_line.choice("dtype", given["dtype"], DTYPES)
     path = Path(given["out"])
     fixed = {name: value for name, value in given.items() if name not in ("out", "help")}

@@ -11,7 +11,6 @@ num_inference_steps^2 / 2 forwards of both branches for each video: a few minute
 two CPU cores.
 """
 
-import itertools
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -72,18 +71,9 @@ class Network(NamedTuple):
 
     def at(self, problem: Problem, x: Array, step: int) -> tuple[Array, Array]:
         """(u_cond, u_neg) at x and a step of the grid."""
-        return _velocities(self.params, self.mode, problem.text, problem.lengths, x, step,
-                           config=self.config, **_static(problem))  # fmt: skip
-
-    def rest(self, problem: Problem, x: Array, step: int) -> Array:
-        """The end of the guided Euler trajectory that is at x at this step."""
-        return _rest(self.params, self.mode, problem.text, problem.lengths, x, step,
-                     config=self.config, guidance_scale=problem.guidance_scale,
-                     **_static(problem))  # fmt: skip
-
-
-def _static(problem: Problem) -> dict[str, Any]:
-    return {"sigmas": problem.sigmas, "sampler": problem.sampler}
+        asked = problem.text, problem.lengths, x, step
+        options = {"sigmas": problem.sigmas, "sampler": problem.sampler}
+        return _velocities(self.params, self.mode, *asked, config=self.config, **options)
 
 
 @partial(jax.jit, static_argnames=("config", "sigmas", "sampler"))
@@ -93,40 +83,41 @@ def _velocities(params, mode, text, lengths, x, step, *, config, sigmas, sampler
     return network(x, jax.tree.map(lambda leaf: leaf[step], times))
 
 
-@partial(jax.jit, static_argnames=("config", "sigmas", "sampler"))
-def _rest(params, mode, text, lengths, x, step, *, config, guidance_scale, sigmas, sampler):
-    grid = jnp.asarray(sigmas, jnp.float32)
-    timesteps = grids.network_timesteps(np.array(sigmas), sampler)
-    times, network = sampling_network(params, config, x.shape, timesteps, text, lengths, mode=mode)
-
-    def euler(k, x):
-        u = rectified.guided(*network(x, jax.tree.map(lambda leaf: leaf[k], times)), guidance_scale)
-        return x + (grid[k + 1] - grid[k]) * u
-
-    return jax.lax.fori_loop(step, len(sigmas) - 1, euler, x)
-
-
 def measured(teacher: Network, student: Network, problem: Problem) -> dict[str, Any]:
     """Rows by step, and the mean square distance of the student's own videos from the teacher's."""
-    sigmas, x, rows = problem.sigmas, problem.start, []
-    end = teacher.rest(problem, x, 0)
-    own = student.rest(problem, x, 0)
-    with Progress("steps", len(sigmas) - 1) as progress:
-        for step, (t, following) in enumerate(itertools.pairwise(sigmas)):
-            theirs, ours = (one.at(problem, x, step) for one in (teacher, student))
-            guided, moved = (rectified.guided(*u, problem.guidance_scale) for u in (theirs, ours))
-            x, aside = (x + (following - t) * u for u in (guided, moved))
+    sigmas, steps, rows = problem.sigmas, len(problem.sigmas) - 1, []
+
+    def guided(u: tuple[Array, Array]) -> Array:
+        return rectified.guided(*u, problem.guidance_scale)
+
+    def moved(x: Array, step: int, u: tuple[Array, Array]) -> Array:
+        return x + (sigmas[step + 1] - sigmas[step]) * guided(u)
+
+    def rest(network: Network, x: Array, step: int) -> Array:
+        for k in range(step, steps):
+            x = moved(x, k, network.at(problem, x, k))
+        return x
+
+    states, velocities = [problem.start], []
+    for step in range(steps):
+        velocities.append(teacher.at(problem, states[-1], step))
+        states.append(moved(states[-1], step, velocities[-1]))
+    end, own = states.pop(), rest(student, problem.start, 0)
+    with Progress("steps", steps) as progress:
+        for step, (x, theirs) in enumerate(zip(states, velocities, strict=True)):
+            ours = student.at(problem, x, step)
+            aside = rest(teacher, moved(x, step, ours), step + 1)
             rows.append(
                 {
                     "step": step,
-                    "t": t,
+                    "t": sigmas[step],
                     "error_cond": _square(ours[0] - theirs[0]),
                     "error_neg": _square(ours[1] - theirs[1]),
-                    "error_guided": _square(moved - guided),
-                    "displacement": _square(teacher.rest(problem, aside, step + 1) - end),
+                    "error_guided": _square(guided(ours) - guided(theirs)),
+                    "displacement": _square(aside - end),
                 }
             )
-            progress.update(step + 1, f"t {t:.3f}")
+            progress.update(step + 1, f"t {sigmas[step]:.3f}")
     return {"distance": _square(own - end), "rows": rows}
 
 
@@ -156,16 +147,13 @@ def program(argv: Sequence[str]) -> None:
     """The program; UserError for wrong input."""
     given = command_line.parse(command_line.define(FLAGS), argv, __doc__)
     command_line.required(given, "checkpoint", "teacher", "out")
-    try:
-        numbers = {key: int(given[key]) for key in ("num_videos", "num_inference_steps", "seed")}
-    except ValueError as error:
-        raise UserError(f"a number is needed ({error}): --help lists the flags.") from None
-    teacher, student = (checkpoints.load(given[name]) for name in ("teacher", "checkpoint"))
-    if teacher.linear_layers:
-        raise UserError(f"{given['teacher']} has linear layers: name the teacher without.")
+    numbers = command_line.integers(given, "num_videos", "num_inference_steps", "seed")
     lines, count = prompt_files.read(given["prompts"]), numbers["num_videos"]
     if not 1 <= count <= len(lines):
         raise UserError(f"--num_videos={count}: choose 1 to {len(lines)}, the prompts in the file.")
+    teacher, student = (checkpoints.load(given[name]) for name in ("teacher", "checkpoint"))
+    if teacher.linear_layers:
+        raise UserError(f"{given['teacher']} has linear layers: name the teacher without.")
     prompts = lines[:: len(lines) // count][:count]
     settings = Settings.of(teacher, num_inference_steps=numbers["num_inference_steps"])
     pipeline = Pipeline(teacher, jnp.float32)

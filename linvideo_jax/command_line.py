@@ -44,6 +44,14 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str | None) -> d
     return values.flag_values_dict()
 
 
+def integers(given: Mapping[str, Any], *names: str) -> dict[str, int]:
+    """These flags as whole numbers; UserError for what is none."""
+    try:
+        return {name: int(given[name]) for name in names}
+    except ValueError as error:
+        raise UserError(f"a number is needed ({error}): --help lists the flags.") from None
+
+
 def required(given: Mapping[str, Any], *names: str) -> None:
     """UserError for the first of the flags that is not given."""
     for name in names:

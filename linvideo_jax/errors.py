@@ -13,3 +13,12 @@ def check_counts(group: str, settings: Mapping[str, Any], names: Iterable[str]) 
     for name in names:
         if settings[name] < 1:
             raise UserError(f"{group}.{name} is {settings[name]}: choose 1 or more.")
+
+
+def check_accumulate(group: str, settings: Mapping[str, Any]) -> None:
+    """UserError for parts of a batch (`accumulate`, 1 or more) that do not divide it."""
+    if settings["batch_size"] % settings["accumulate"]:
+        raise UserError(
+            f"{group}.accumulate is {settings['accumulate']}: choose a divisor of "
+            f"{group}.batch_size, {settings['batch_size']}."
+        )

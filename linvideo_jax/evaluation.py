@@ -185,6 +185,11 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def judged_by(own) -> dict[str, Any]:
+    """What of `config.evaluate` figures depend on: all but where the teacher's are kept."""
+    return {name: value for name, value in own.to_dict().items() if name != "shared"}
+
+
 class Videos(NamedTuple):
     """One contender's latents of one seed, and how long they took.
 

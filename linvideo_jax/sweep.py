@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from linvideo_jax import config_files, loop, stages, workdirs
 from linvideo_jax.errors import UserError
-from linvideo_jax.evaluation import fingerprint
+from linvideo_jax.evaluation import fingerprint, judged_by
 from linvideo_jax.parallel import hosts
 from linvideo_jax.report import rows as records
 from linvideo_jax.report import tables
@@ -67,8 +67,7 @@ class Row(NamedTuple):
     @property
     def evaluated_by(self) -> str:
         """A hash of the settings of the evaluation."""
-        values = self.config.evaluate.to_dict()
-        return fingerprint({k: v for k, v in values.items() if k != "shared"})
+        return fingerprint(judged_by(self.config.evaluate))
 
 
 def run(config, workdir: Path) -> None:

@@ -1,6 +1,5 @@
 """What the benchmarks are made of; they themselves run on any machine with --small."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -230,15 +229,9 @@ def test_errors_of_steps_and_what_they_move():
     class Linear:
         def __init__(self, cond, neg):
             self.cond, self.neg = cond, neg
-            self.guided = neg + scale * (cond - neg)
 
         def at(self, problem, x, step):
             return self.cond * x, self.neg * x
-
-        def rest(self, problem, x, step):
-            for t, following in itertools.pairwise(grid[step:]):
-                x = x + (following - t) * self.guided * x
-            return x
 
     start = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 2)), jnp.float32)
     problem = trajectory_errors.Problem(start, None, None, grid, "euler", scale)

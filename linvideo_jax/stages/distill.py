@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from linvideo_jax import checkpoints, loop, optimizers, report, turns
 from linvideo_jax.data import prompts as prompt_files
-from linvideo_jax.errors import UserError, check_counts
+from linvideo_jax.errors import UserError, check_accumulate, check_counts
 from linvideo_jax.flow import solvers
 from linvideo_jax.models import wan
 from linvideo_jax.models.module import Params
@@ -129,11 +129,7 @@ def check(config) -> None:
     settings = config.distill
     counts = ("batch_size", "accumulate", "generator_every", "log_every", "save_every")
     check_counts("distill", settings, (*counts, "start_sampling_steps"))
-    if settings.batch_size % settings.accumulate:
-        raise UserError(
-            f"distill.accumulate is {settings.accumulate}: choose a divisor of "
-            f"distill.batch_size, {settings.batch_size}."
-        )
+    check_accumulate("distill", settings)
     if settings.sampler not in solvers.FEW_STEP_SAMPLERS:
         raise UserError(
             f"distill.sampler is {settings.sampler!r}: choose one of "

@@ -39,11 +39,9 @@ def run(config, workdir: Path) -> None:
     if not 1 <= own.width <= num_layers:
         raise UserError(f"profile.width is {own.width}: choose 1 to {num_layers}.")
     ranges = [list(range(first, first + own.width)) for first in range(num_layers - own.width + 1)]
-    # Where the teacher's evaluation lies is nothing that a range depends on.
-    judged_by = {k: v for k, v in config.evaluate.to_dict().items() if k != "shared"}
     mark = evaluation.fingerprint(
         turns.mark(teacher, "transformer"), own.to_dict(), settings.to_dict(), config.seed,
-        config.dtype, judged_by if own.num_prompts else None,
+        config.dtype, evaluation.judged_by(config.evaluate) if own.num_prompts else None,
     )  # fmt: skip
     rows = {tuple(layers): finished(row_path(folder, layers), mark) for layers in ranges}
     missing = [layers for layers in ranges if rows[tuple(layers)] is None]

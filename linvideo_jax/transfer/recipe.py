@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from linvideo_jax.errors import UserError, check_counts
+from linvideo_jax.errors import UserError, check_accumulate, check_counts
 from linvideo_jax.models import remat
 from linvideo_jax.models.layout import Layout
 from linvideo_jax.models.wan_config import WanConfig
@@ -81,11 +81,7 @@ class Recipe:
                     f"transfer.{name} is {settings[name]!r}: choose one of {', '.join(known)}."
                 )
         check_counts("transfer", settings, COUNTS)
-        if settings.batch_size % settings.accumulate:
-            raise UserError(
-                f"transfer.accumulate is {settings.accumulate}: choose a divisor of "
-                f"transfer.batch_size, {settings.batch_size}."
-            )
+        check_accumulate("transfer", settings)
         if not remat.available(settings.remat):
             raise UserError(
                 f"transfer.remat is {settings.remat!r}, but this backend has no host memory for "
