@@ -34,11 +34,12 @@ from linvideo_jax.transfer.recipe import knobs_at
 
 
 def config_of(workdir: Path, videos: int, batch_size: int, small: bool):
-    """configs/digits.py; with a tiny teacher and few videos at a time if `small`."""
+    """configs/digits.py with ADM; with a tiny teacher and few videos at a time if `small`."""
     config = digits.get_config()
     config.collect.num_videos = videos
     config.collect.batch_size = min(config.collect.batch_size, videos)
     config.transfer.batch_size = batch_size
+    config.transfer.objective = "adm"  # of docs/pairs.md's figures
     if jax.default_backend() == "cpu":
         config.dtype = "float32"
     if small:

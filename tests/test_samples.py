@@ -1,5 +1,6 @@
 """Samples of the stored pairs, and points on the student's own trajectories."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import grain
@@ -7,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from linvideo_jax.data import loader
 from linvideo_jax.data.texts import Texts
 from linvideo_jax.data.trajectories import Head
+from linvideo_jax.parallel import mesh as meshes
+from linvideo_jax.parallel.layout import MeshLayout
 from linvideo_jax.transfer import samples
+from linvideo_jax.transfer.recipe import points_of
 
 SIGMAS = (1.0, 0.7, 0.4, 0.2, 0.0)
 STEPS, VIDEOS, BATCH = 4, 6, 5
@@ -28,6 +33,8 @@ class Recipe(NamedTuple):
     steps: int = STEPS
     has_score_network: bool = False
     score_updates: int = 3
+    num_points: int = BATCH
+    layout: object = None
 
 
 class Knobs(NamedTuple):
@@ -157,31 +164,54 @@ def test_whole_trajectories_begin_at_noise_and_visit_every_step():
 
 @pytest.mark.parametrize("velocity", ["stored", "teacher"])
 def test_own_points_ask_the_teacher_and_have_their_share(velocity):
-    recipe = Recipe(2000, objective="own_points", velocity=velocity)
+    recipe = Recipe(2000, objective="own_points", velocity=velocity, num_points=1000)
     batch = jax.tree.map(jnp.asarray, next(batches(recipe, 0.5)))
-    prompt = np.arange(2000) % 2
-    points = samples.no_points(recipe, (1, 2, 2, 1), (3, 2))._replace(
-        step=jnp.arange(2000) % STEPS,
-        text=jnp.ones((2000, 3, 2)) * (prompt + 1).reshape(-1, 1, 1),
-        text_lengths=jnp.ones(2000, jnp.int32),
+    prompt = np.arange(1000) % 2
+    points = samples.with_points(recipe, samples.no_points(recipe, (1, 2, 2, 1), (3, 2)))
+    points = points._replace(
+        step=jnp.arange(1000) % STEPS,
+        text=jnp.ones((1000, 3, 2)) * (prompt + 1).reshape(-1, 1, 1),
+        text_lengths=jnp.ones(1000, jnp.int32),
     )
 
     def teacher(x, t, text, text_lengths):
+        assert len(x) == 1000  # of the samples that keep a point
         return x + (t * text[:, 0, 0])[:, None, None, None, None]
 
     mixed = samples.own_points(
-        batch, points, recipe, teacher, Knobs(1, own_share=0.25), jax.random.key(1)
+        batch, points, recipe, teacher, Knobs(1, own_share=0.125), jax.random.key(1)
     )
     own = np.asarray(mixed.x[:, 0, 0, 0, 0]) == 0  # stored pairs are at 100 and above
-    assert 0.2 < own.mean() < 0.3
-    t = np.array(SIGMAS)[np.arange(2000)[own] % STEPS]
+    assert 0.2 < own[:1000].mean() < 0.3 and not own[1000:].any()  # 0.125 of all samples
+    t = np.array(SIGMAS)[np.flatnonzero(own) % STEPS]
     np.testing.assert_allclose(mixed.t_from[own], t, rtol=1e-6)
     said = np.asarray(mixed.text[own, 0, 0])
     assert 0.4 < np.mean(said == -1) < 0.6
-    np.testing.assert_array_equal(said[said > 0], (prompt[own] + 1)[said > 0])
+    np.testing.assert_array_equal(said[said > 0], (prompt[own[:1000]] + 1)[said > 0])
     if velocity == "stored":
         np.testing.assert_allclose(mixed.u_teacher[own, 0, 0, 0, 0], mixed.t_from[own] * said)
     else:  # `training.update` asks the teacher at all of them
         assert mixed.u_teacher is None
-    for ours, stored in zip(jax.tree.leaves(mixed), jax.tree.leaves(batch), strict=True):
+    for ours, stored in zip(
+        jax.tree.leaves(mixed), jax.tree.leaves(batch._replace(fresh=None)), strict=True
+    ):
         np.testing.assert_array_equal(ours[~own], stored[~own])
+
+
+def test_every_block_of_a_batch_keeps_as_many_points():
+    layout = MeshLayout(AbstractMesh((2, 3, 2), meshes.AXES), "auto")
+    assert [layout.blocks(batch) for batch in (12, 16, 5)] == [6, 2, 1]  # as the batch is shared
+    two = MeshLayout(AbstractMesh((2, 1, 4), meshes.AXES), "auto")
+    own = SimpleNamespace(objective="own_points", batch_size=12, own_share=0.2)
+    assert points_of(own, None) == 3 and points_of(own, two) == 4
+    own.own_share = 0.25  # a whole number, which floats miss by little
+    assert points_of(own, None) == 3
+    own.objective = "mse"
+    assert points_of(own, None) == 0
+    recipe = Recipe(12, num_points=4, layout=two)
+    batch = {"x": jnp.arange(24.0).reshape(12, 2), "t": jnp.arange(12)}
+    kept = samples.with_points(recipe, batch)
+    np.testing.assert_array_equal(kept["t"], [0, 1, 6, 7])
+    np.testing.assert_array_equal(kept["x"], np.arange(24.0).reshape(12, 2)[[0, 1, 6, 7]])
+    put = samples.replaced(recipe, batch, jax.tree.map(lambda leaf: leaf + 100, kept))
+    np.testing.assert_array_equal(put["t"], [100, 101, 2, 3, 4, 5, 106, 107, 8, 9, 10, 11])

@@ -121,6 +121,7 @@ def test_every_objective_trains_is_compiled_once_and_resumes(
     wan_config = training.student_config(loaded.wan_config)
     settings = config.transfer.copy_and_resolve_references()
     settings.update(objective=objective, score_updates=2, rollout_steps=2, remat="none")
+    settings.own_share = 1.0
     recipe, dataset = drawn(config, settings, loaded, trained)
     state = training.initial_state(settings, wan_config, loaded.transformer)
     sample = dataset[0]
@@ -131,7 +132,7 @@ def test_every_objective_trains_is_compiled_once_and_resumes(
 
     def step(state, i, batch):
         changes = {"lambda_": 0.01 * (i + 1), "target": i, "beta": 0.5, "freeze_steps": 50 * i}
-        changes |= {"own_share": 1.0, "negative_fraction": float(i % 2), "r_learning_rate": 0.1}
+        changes |= {"negative_fraction": float(i % 2), "r_learning_rate": 0.1}
         knobs = knobs_at(settings, 8 + i, 1e-3, 2.0, True)._replace(**changes)
         key = jax.random.key(i)
         state, metrics = training.update(recipe, state, loaded.transformer, batch, knobs, key)

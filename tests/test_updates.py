@@ -171,12 +171,14 @@ def test_weights_and_moments_stay_float32_under_bfloat16_products(teacher, batch
 def test_forwards_are_counted():
     counted = {name: recipe(objective=name, rollout_steps=4).forwards for name in
                ("mse", "adm", "own_points", "adm_score", "dmd")}  # fmt: skip
-    # A gradient is 3; adm adds a student and a teacher; a critic's update 4 + 3, five times.
-    assert counted == {"mse": 3, "adm": 5, "own_points": 6, "adm_score": 40, "dmd": 49}
+    # A gradient is 3; adm adds a student and a teacher; a critic's update 4 + 3, five times. Two of
+    # six samples are a share of 0.2 in whole numbers; they add two of the student and a teacher.
+    assert counted == {"mse": 3, "adm": 5, "own_points": 4, "adm_score": 40, "dmd": 49}
     # A velocity that is not stored is the teacher's once more, where it was not asked before.
     lean = {name: recipe(options={"store_velocity": "none"}, objective=name).forwards for name in
             ("mse", "adm", "own_points")}  # fmt: skip
-    assert lean == {"mse": 4, "adm": 6, "own_points": 6}
+    assert lean == {"mse": 4, "adm": 6, "own_points": pytest.approx(3 + 2 / 3 + 1)}
+    assert recipe(objective="own_points", own_share=1.0).forwards == 6
     assert recipe(options={"store_velocity": "none"}, objective="adm", beta=0.0).forwards == 5
 
 
@@ -188,6 +190,7 @@ def test_forwards_are_counted():
         ({"remat": "offload"}, "no host memory for it: choose full"),
         ({"accumulate": 4}, "accumulate is 4: choose a divisor of transfer.batch_size, 6"),
         ({"accumulate": 0}, "accumulate is 0: choose 1 or more"),
+        ({"own_share": 0.0}, "own_share is 0.0: choose a share of the batch above 0, at most 1"),
     ],
 )
 def test_wrong_recipes_are_refused(changes, message):

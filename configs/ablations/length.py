@@ -33,10 +33,9 @@ def get_config() -> ConfigDict:
     at_25 = {"evaluate.num_frames": 25, "evaluate.prompts": "assets/prompts_digits_test.txt"}
     short = {"collect.sampling": {"num_frames": 25}, "collect.num_videos": 4096}
     config.sweep = (
-        ("long_at_81", {}),  # the default objective
+        ("long_at_81", {}),  # adm
         ("long_mse_at_81", of["mse"]),
         ("long_printed_at_81", of["adm_printed"]),
-        ("long_own_few_at_81", of["own_few"]),
         ("long_own_whole_at_81", of["own_whole"]),
         ("long_at_25", at_25),
         ("short_at_81", short),

@@ -24,10 +24,12 @@ def get_config() -> ConfigDict:
         "transfer.r_learning_rate": 2e-3,
         "transfer.round_at": 1400,
     }
-    own = {"transfer.objective": "own_points"}
+    # Half of the samples at the student's points where nothing is said.
+    own = {"transfer.objective": "own_points", "transfer.own_share": 0.5}
+    whole = {**own, "transfer.own_steps": 20}  # the grid's length: from noise
     config.sweep = (
         ("mse", {"transfer.objective": "mse"}),
-        ("adm", {}),  # the default: next step, clipped weight, anchor
+        ("adm", {}),  # next step, clipped weight, anchor
         ("adm_printed", printed),
         ("adm_printed_slow", {**printed, **slow}),
         ("mse_slow", {"transfer.objective": "mse", **slow}),  # what slow alone does
@@ -37,8 +39,8 @@ def get_config() -> ConfigDict:
         # On a GPU prototype own points mended motion and lost digits: hence smaller shares.
         ("own_next", {**own, "transfer.own_steps": 1}),
         ("own_few", {**own, "transfer.own_steps": 4}),
-        ("own_whole", {**own, "transfer.own_steps": 20}),  # the grid's length: from noise
-        ("own_whole_fifth", {**own, "transfer.own_steps": 20, "transfer.own_share": 0.2}),
+        ("own_whole", whole),
+        ("own_whole_fifth", {**whole, "transfer.own_share": 0.2}),  # configs/digits.py's
         ("adm_score", {"transfer.objective": "adm_score"}),
         # One Euler step to the critic's samples: the cost is nearest the paper's factor of 4.4.
         ("adm_score_short", {"transfer.objective": "adm_score", "transfer.rollout_steps": 1}),

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = common.get_config()
     mse = {"transfer.objective": "mse"}
     alternate = selection.BY_HAND[6]["alternate"]
-    own = {"transfer.objective": "own_points"}
+    own = {"transfer.objective": "own_points", "transfer.own_share": 0.5, "transfer.own_steps": 1}
     config.sweep = (
         ("mse", mse),
         ("mse_rate_3e-3", {**mse, "transfer.learning_rate": 3e-3}),

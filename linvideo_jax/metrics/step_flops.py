@@ -104,15 +104,16 @@ def update(recipe: Recipe, size: Size, layers: Layers, batch: int) -> Work:
         case "mse":
             sample = train
         case "own_points":
-            sample = train + 2 * run + ask
+            share = recipe.num_points / recipe.batch_size
+            sample = train + 2 * share * run + share * ask
         case "adm_score":
             sample = train + 2 * ask + critic
         case "dmd":
             # Each step of the rollout is computed again before its gradient.
             again = Work(recomputed=run.forward)
             sample = recipe.rollout_steps * (train + again) + 2 * ask + critic
-    if recipe.velocity == "teacher" and recipe.objective != "own_points":
-        sample += ask  # of the velocities that are not stored
+    if recipe.velocity == "teacher":  # asked for velocities that are not stored, once of each
+        sample += (1 - share if recipe.objective == "own_points" else 1) * ask
     return batch * sample
 
 

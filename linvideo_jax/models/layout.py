@@ -21,6 +21,10 @@ class Layout:
         """The layout for videos of so many tokens."""
         return self
 
+    def blocks(self, batch: int) -> int:
+        """In how many blocks a batch of so many samples lies, one behind the other."""
+        return 1
+
     def enter(self, x: Array, axis: int) -> Array:
         """From all tokens along `axis` to the layers' tokens: shared out, with pads at the end."""
         return x

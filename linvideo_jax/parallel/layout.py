@@ -4,6 +4,7 @@ Arrays outside the attention are shared out by constraints, and XLA's partitione
 Attention runs inside `jax.shard_map`, where kernels see one device's arrays.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,6 +73,10 @@ class MeshLayout:
 
     def for_tokens(self, tokens: int) -> "MeshLayout":
         return MeshLayout(self.mesh, self.exchange, tokens)
+
+    def blocks(self, batch: int) -> int:
+        axes = meshes.batch_spec(self.mesh, batch) or ()
+        return math.prod(self.mesh.shape[name] for name in axes)
 
     @property
     def _context(self) -> int:

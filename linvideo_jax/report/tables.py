@@ -29,7 +29,7 @@ COLUMNS = (
     (("losses", "velocity"), "velocity error", 1, ".3g"),
     (("selection", "rounded"), "linear by rounding", 1, ".1f"),
     (("selection", "undecided"), "scores undecided", 1, ".1f"),
-    (("forwards", "total"), "forwards an update", 1, ".0f"),
+    (("forwards", "total"), "forwards an update", 1, ".3g"),
     (("updates_per_second", "mixed"), "updates a second, mixed", 1, ".1f"),
     (("updates_per_second", "rounded"), "rounded", 1, ".1f"),
     (("updates_per_second", "distill"), "updates a second", 1, ".1f"),

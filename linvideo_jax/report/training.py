@@ -91,7 +91,7 @@ def _note(log):
     minutes = (log[-1]["time"] - log[0]["time"]) / 60 if "time" in log[0] else 0
     forwards = [line["forwards"] for line in log if "forwards" in line]
     count = (
-        f" An update costs as much as {forwards[-1]:.0f} forwards a sample, a backward pass "
+        f" An update costs as much as {forwards[-1]:.3g} forwards a sample, a backward pass "
         "counted as two."
         if forwards
         else ""

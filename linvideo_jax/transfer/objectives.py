@@ -8,7 +8,8 @@ a mean over batch and latent elements: that fixed reduction gives lambda (eq. 14
 | adm | `anytime_distribution_matching` with the student's own score | 1 student, 1 teacher |
 | adm_score | the same, with a score network's | 1 score, 1 teacher, and the critic's updates |
 | mse | `velocity_matching` at the stored pairs | none |
-| own_points | `velocity_matching` at the student's own points | 2 student, 1 teacher |
+| own_points | `velocity_matching` at the student's own points | 2 student, 1 teacher, of the \
+samples that keep a point |
 | dmd | `distribution_matching_at_zero` | 1 score, 1 teacher, the critic's updates; the gradient \
 runs through a rollout |
 

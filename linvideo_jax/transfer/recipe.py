@@ -1,5 +1,6 @@
 """What a compiled update depends on (`Recipe`), and what may change from call to call (`Knobs`)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 
 from linvideo_jax.errors import UserError, check_accumulate, check_counts
 from linvideo_jax.models import remat
-from linvideo_jax.models.layout import Layout
+from linvideo_jax.models.layout import WHOLE, Layout
 from linvideo_jax.models.wan_config import WanConfig
 from linvideo_jax.optimizers import OPTIMIZERS
 from linvideo_jax.transfer import scores
@@ -34,7 +35,9 @@ class Recipe:
 
     dtype: of the matrix products; sampler, sigmas: of the teacher's trajectories; velocity: where
     the teacher's velocity at x_t' comes from: "stored", the "teacher" (one forward more), or
-    "unused"; layout: of the mesh, None on one device; the rest are fields of `config.transfer`.
+    "unused"; num_points: samples of a batch that keep a point of the student's, a multiple of the
+    blocks in which it lies (`own_points`); layout: of the mesh, None on one device; the rest are
+    fields of `config.transfer`.
     """
 
     student: WanConfig
@@ -54,6 +57,7 @@ class Recipe:
     weight_decay: float
     score_updates: int
     rollout_steps: int
+    num_points: int
     layout: Layout | None = None
 
     @classmethod
@@ -72,8 +76,8 @@ class Recipe:
         """From `config.transfer`, and `config.collect.store_velocity`, what the pairs hold.
 
         UserError for a choice that is unknown, a count below 1, a batch that `accumulate` does not
-        divide, a remat that this backend lacks, or velocities that are needed and neither stored
-        nor to be had.
+        divide, a share of own points that is none, a remat that this backend lacks, or velocities
+        that are needed and neither stored nor to be had.
         """
         for name, known in CHOICES.items():
             if settings[name] not in known:
@@ -82,6 +86,11 @@ class Recipe:
                 )
         check_counts("transfer", settings, COUNTS)
         check_accumulate("transfer", settings)
+        if not 0 < settings.own_share <= 1:
+            raise UserError(
+                f"transfer.own_share is {settings.own_share}: choose a share of the batch above 0, "
+                "at most 1."
+            )
         if not remat.available(settings.remat):
             raise UserError(
                 f"transfer.remat is {settings.remat!r}, but this backend has no host memory for "
@@ -91,6 +100,7 @@ class Recipe:
         own = {name: settings[name] for name in fields}
         own |= {"sigmas": tuple(map(float, sigmas))}
         own |= {"velocity": velocity_of(settings, store_velocity)}
+        own |= {"num_points": points_of(settings, layout)}
         return cls(student, teacher, sampler, np.dtype(dtype), **own, layout=layout)
 
     @property
@@ -104,7 +114,7 @@ class Recipe:
         return self.objective in WITH_SCORE_NETWORK
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Forwards of a network a sample and update, a backward pass counted as two of them."""
         return passes(self).total
 
@@ -115,36 +125,46 @@ class Passes(NamedTuple):
     *_gradients: forward and backward; the others forward alone.
     """
 
-    student: int
+    student: float
     student_gradients: int
-    teacher: int
+    teacher: float
     score: int
     score_gradients: int
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """In forwards: a backward pass costs two."""
         gradients = self.student_gradients + self.score_gradients
         return self.student + self.teacher + self.score + 3 * gradients
 
 
-def passes(recipe, velocity: str | None = None) -> Passes:
-    """Those of `training.update` (table of objectives.py), of a Recipe or `config.transfer`.
+def points_of(settings, layout: Layout | None) -> int:
+    """`Recipe.num_points`: a share `own_share` of each block of the batch, rounded up.
 
-    velocity: `Recipe.velocity` of the latter. What `remat`, or the backward pass of a rollout,
-    computes anew is not counted.
+    Every block, one of several devices', has as many; what is rounded up is drawn off again
+    (`samples.own_points`). 0 for other objectives.
     """
-    steps = recipe.rollout_steps
+    if settings.objective != "own_points":
+        return 0
+    blocks = (layout or WHOLE).blocks(settings.batch_size)
+    return blocks * math.ceil(round(settings.own_share * settings.batch_size / blocks, 6))
+
+
+def passes(recipe: Recipe) -> Passes:
+    """Those of `training.update` (table of objectives.py).
+
+    What `remat`, or the backward pass of a rollout, computes anew is not counted.
+    """
+    steps, share = recipe.rollout_steps, recipe.num_points / recipe.batch_size
     own = {
         "adm": Passes(1, 1, 1, 0, 0),
         "adm_score": Passes(0, 1, 1, 1, 0),
         "mse": Passes(0, 1, 0, 0, 0),
-        "own_points": Passes(2, 1, 1, 0, 0),
+        "own_points": Passes(2 * share, 1, share, 0, 0),
         "dmd": Passes(0, steps, 1, 1, 0),
     }[recipe.objective]
-    asked = (velocity or recipe.velocity) == "teacher"
-    if asked and recipe.objective != "own_points":
-        own = own._replace(teacher=own.teacher + 1)
+    if recipe.velocity == "teacher":  # asked at all samples, of own points or not
+        own = own._replace(teacher=1 if recipe.objective == "own_points" else own.teacher + 1)
     updates = recipe.score_updates if recipe.objective in WITH_SCORE_NETWORK else 0
     critic = Passes(steps, 0, 0, 0, 1)
     return Passes(*(a + updates * b for a, b in zip(own, critic, strict=True)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from linvideo_jax.models.layout import WHOLE
 from linvideo_jax.transfer import guidance
 from linvideo_jax.transfer.recipe import Knobs, Recipe
 
@@ -118,8 +119,9 @@ def network_time(t: Float[Array, " batch"], sampler: str) -> Float[Array, " batc
 class Points(NamedTuple):
     """States on the student's own guided trajectories; part of the training state.
 
-    step: of the grid, of the last move's end; age: moves since the state was a stored one; text: of
-    the prompt.
+    There is room for one of every sample of a batch, so that a state fits any mesh; an update moves
+    those of `with_points`. step: of the grid, of the last move's end; age: moves since the state
+    was a stored one; text: of the prompt.
     """
 
     x: Float[Array, "batch frames height width channels"]
@@ -139,6 +141,30 @@ def no_points(recipe: Recipe, latent_shape: Sequence[int], text_shape: Sequence[
     return Points(zeros(latent_shape), last, zeros(text_shape), none, jnp.copy(none))
 
 
+def with_points(recipe: Recipe, batch: Any) -> Any:
+    """Of a batch, or of its points, those that are moved: the first ones of each block."""
+    blocks = (recipe.layout or WHOLE).blocks(recipe.batch_size)
+
+    def first(leaf):
+        in_blocks = leaf.reshape(blocks, -1, *leaf.shape[1:])
+        kept = in_blocks[:, : recipe.num_points // blocks]
+        return kept.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(first, batch)
+
+
+def replaced(recipe: Recipe, batch: Any, others: Any) -> Any:
+    """The batch with others in the place of `with_points(recipe, batch)`."""
+    blocks = (recipe.layout or WHOLE).blocks(recipe.batch_size)
+
+    def joined(leaf, other):
+        leaf, other = (a.reshape(blocks, -1, *a.shape[1:]) for a in (leaf, other))
+        joined = jnp.concatenate([other, leaf[:, other.shape[1] :]], axis=1)
+        return joined.reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(joined, batch, others)
+
+
 def move(
     points: Points, fresh: Fresh, recipe: Recipe, velocity: Callable[..., Array], knobs: Knobs
 ) -> Points:
@@ -147,7 +173,8 @@ def move(
     After `own_steps` moves, or at the lowest step above 0, a point begins anew at a stored pair;
     with `own_steps` of the grid's length or more it begins at noise and so visits a whole
     trajectory of the student's, noise included. So 1 is the student's next point, a few more are
-    points a few steps on, and each costs the same. velocity(x, t, text, text_lengths).
+    points a few steps on, and each costs the same. points, fresh: `with_points` of the state's and
+    of the batch's; velocity(x, t, text, text_lengths).
     """
     sigmas, last = jnp.asarray(recipe.sigmas, jnp.float32), recipe.steps - 1
     whole = knobs.own_steps > last
@@ -176,11 +203,14 @@ def own_points(
 ) -> Batch:
     """The batch with a share `own_share` of its samples at the student's own points.
 
-    There the teacher is asked for its velocity, of the conditional or the negative branch as in
-    `Draw`; of a batch without stored velocities it is left open. teacher(x, t, text, text_lengths).
+    Only as many samples keep a point as the share needs in whole numbers (`Recipe.num_points`); of
+    those a part is drawn, so that the share holds on the mean. At the points the teacher is asked
+    for its velocity, of the conditional or the negative branch as in `Draw`; of a batch without
+    stored velocities it is left open. teacher(x, t, text, text_lengths).
     """
     branch, share = jax.random.split(key)
-    fresh = batch.fresh
+    batch, fresh = batch._replace(fresh=None), with_points(recipe, batch.fresh)
+    stored = with_points(recipe, batch)
     negative = jax.random.bernoulli(branch, knobs.negative_fraction, points.step.shape)
     t = jnp.asarray(recipe.sigmas, jnp.float32)[points.step]
     text, lengths = _where(
@@ -189,8 +219,10 @@ def own_points(
         (points.text, points.text_lengths),
     )
     u = None if batch.u_teacher is None else teacher(points.x, t, text, lengths)
-    own = batch._replace(x=points.x, u_teacher=u, t_from=t, text=text, text_lengths=lengths)
-    return _where(jax.random.bernoulli(share, knobs.own_share, negative.shape), own, batch)
+    own = stored._replace(x=points.x, u_teacher=u, t_from=t, text=text, text_lengths=lengths)
+    part = knobs.own_share * recipe.batch_size / recipe.num_points
+    chosen = _where(jax.random.bernoulli(share, part, negative.shape), own, stored)
+    return replaced(recipe, batch, chosen)
 
 
 def _where(chosen: Bool[Array, " batch"], yes: Any, no: Any) -> Any:

@@ -228,9 +228,10 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
     if recipe.objective == "own_points":
         student = network(recipe, recipe.student, state["params"], state["r"], state["mode"])
         teacher = network(recipe, recipe.teacher, teacher_params)
-        points = samples.move(state["own"], batch.fresh, recipe, student, knobs)
+        before, fresh = samples.with_points(recipe, (state["own"], batch.fresh))
+        points = samples.move(before, fresh, recipe, student, knobs)
         batch = samples.own_points(batch, points, recipe, teacher, knobs, keys[1])
-        state = state | {"own": points}
+        state = state | {"own": samples.replaced(recipe, state["own"], points)}
     batch = batch._replace(fresh=None, others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
