@@ -239,8 +239,9 @@ def test_the_shipped_prompts_are_a_thousand_different_sentences():
 
 
 def anchors(config, workdir, teacher, steps, **options):
-    """The metrics of a few updates and the final state, from `config` in `workdir`."""
-    settings = config.transfer
+    """The metrics of a few updates with ADM and the final state, from `config` in `workdir`."""
+    settings = config.transfer.copy_and_resolve_references()
+    settings.objective = "adm"
     pairs = collect.opened(config, workdir, teacher, settings.batch_size)
     recipe = transfer.recipe_of(config, settings, pairs.index, teacher)
     dataset = transfer.samples_of(pairs, recipe, settings, config.seed)
@@ -276,7 +277,7 @@ def test_velocities_that_are_not_stored_cost_a_forward_or_are_not_needed(
     for name in ("anchor", "adm"):
         np.testing.assert_allclose(asked[0][name], stored[0][name], rtol=0.03)
 
-    lean.transfer.beta = 0.0
+    lean.transfer.update({"objective": "adm", "beta": 0.0})
     pairs = collect.opened(lean, tmp_path, teacher, 4)
     assert transfer.recipe_of(lean, lean.transfer, pairs.index, teacher).velocity == "unused"
     half = dataclasses.replace(pairs.index, made={**pairs.index.made, "store_velocity": "cond"})

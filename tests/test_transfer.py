@@ -62,7 +62,8 @@ def test_training_ends_with_the_target(trained):
 def test_updates_bring_a_linear_student_nearer_to_its_teacher(config, trained, teacher):
     loaded = checkpoints.load(teacher)
     wan_config = training.student_config(loaded.wan_config)
-    settings = config.transfer
+    settings = config.transfer.copy_and_resolve_references()
+    settings.objective = "adm"
     state = training.initial_state(settings, wan_config, loaded.transformer)
     state = selection.placed(state, range(LAYERS))
     recipe, dataset = drawn(config, settings, loaded, trained)

@@ -5,13 +5,16 @@ python train.py --config=configs/ablations/length.py --workdir=runs/ablations/le
 
 Rows are long_ or short_ by the length of the pairs that they are trained on, and _at_81 or _at_25
 by that of the videos that are measured; two evaluations of one training share it. The teacher must
-know both lengths; the one in assets/ has seen 25 frames alone. It is trained on by
+know both lengths; the one in assets/ has seen 25 frames alone. It is trained on, twice, by
 
-python train.py --config=configs/digits_pretrain.py --workdir=runs/long_teacher \
+python train.py --config=configs/digits_pretrain.py --workdir=runs/long_first \
     --config.checkpoint=assets/wan_digits --config.pretrain.parts="('transformer',)" \
     --config.pretrain.transformer.sizes.short.num_clips=32768 \
     --config.pretrain.transformer.sizes.long.num_clips=24576 \
     --config.pretrain.transformer.learning_rate=1e-3 --config.pretrain.transformer.minutes=7.5
+
+and the same with --workdir=runs/long_teacher, --config.checkpoint=runs/long_first/final, 32,768 long
+clips, 9 minutes, and --config.seed=1.
 """
 
 from ml_collections import ConfigDict
