@@ -13,8 +13,8 @@ python train.py --config=configs/digits_pretrain.py --workdir=runs/long_first \
     --config.pretrain.transformer.sizes.long.num_clips=24576 \
     --config.pretrain.transformer.learning_rate=1e-3 --config.pretrain.transformer.minutes=7.5
 
-and the same with --workdir=runs/long_teacher, --config.checkpoint=runs/long_first/final, 32,768 long
-clips, 9 minutes, and --config.seed=1.
+and the same with --workdir=runs/long_teacher, --config.checkpoint=runs/long_first/final, 32,768
+long clips, 9 minutes, and --config.seed=1.
 """
 
 from ml_collections import ConfigDict
