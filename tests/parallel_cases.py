@@ -40,8 +40,7 @@ TEACHER = wan.WanConfig(
 MODES = (wan.SOFTMAX, wan.LINEAR, wan.MIX, wan.LINEAR)
 # name: (sizes of the mesh, exchange, number of devices, objective); adm comes with remat.
 CASES = {
-    "data:8": ({"data": 8}, "auto", 8, "mse"),
-    "fsdp:8": ({"fsdp": 8}, "auto", 8, "mse"),
+    "data:2, fsdp:4": ({"data": 2, "fsdp": 4}, "auto", 8, "mse"),
     "context:8, ring": ({"context": 8}, "ring", 8, "mse"),
     "data:2, fsdp:2, context:2, ulysses": (
         {"data": 2, "fsdp": 2, "context": 2}, "ulysses", 8, "adm",
