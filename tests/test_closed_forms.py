@@ -302,14 +302,14 @@ def trained_at_own_points(params, rate, key, pairs):
         j, others = jax.random.randint(keys[1], (2, 64), 0, PATHS)
         text = jnp.zeros((64, 1, 1)), jnp.zeros(64, jnp.int32)
         fresh = samples.Fresh(pairs[0][0, others], jnp.zeros(64, jnp.int32), *text, *text)
+        fresh = samples.with_points(recipe, fresh)
         t = jnp.asarray(SIGMAS)[i]
-        batch = samples.Batch(pairs[0][i, j], pairs[1][i, j], t, t, *text, fresh)
+        batch = samples.Batch(pairs[0][i, j], pairs[1][i, j], t, t, *text)
         points = samples.move(
-            points, samples.with_points(recipe, fresh), recipe,
-            lambda x, t, *text: small_network(params, x, t), knobs,
+            points, fresh, recipe, lambda x, t, *text: small_network(params, x, t), knobs,
         )  # fmt: skip
         batch = samples.own_points(
-            batch, points, recipe, lambda x, t, *text: mixture(x, t), knobs, keys[2]
+            batch, points, fresh, recipe, lambda x, t, *text: mixture(x, t), knobs, keys[2]
         )
 
         def loss(params):

@@ -178,8 +178,9 @@ def test_own_points_ask_the_teacher_and_have_their_share(velocity):
         assert len(x) == 1000  # of the samples that keep a point
         return x + (t * text[:, 0, 0])[:, None, None, None, None]
 
+    batch, fresh = batch._replace(fresh=None), samples.with_points(recipe, batch.fresh)
     mixed = samples.own_points(
-        batch, points, recipe, teacher, Knobs(1, own_share=0.125), jax.random.key(1)
+        batch, points, fresh, recipe, teacher, Knobs(1, own_share=0.125), jax.random.key(1)
     )
     own = np.asarray(mixed.x[:, 0, 0, 0, 0]) == 0  # stored pairs are at 100 and above
     assert 0.2 < own[:1000].mean() < 0.3 and not own[1000:].any()  # 0.125 of all samples
@@ -192,9 +193,7 @@ def test_own_points_ask_the_teacher_and_have_their_share(velocity):
         np.testing.assert_allclose(mixed.u_teacher[own, 0, 0, 0, 0], mixed.t_from[own] * said)
     else:  # `training.update` asks the teacher at all of them
         assert mixed.u_teacher is None
-    for ours, stored in zip(
-        jax.tree.leaves(mixed), jax.tree.leaves(batch._replace(fresh=None)), strict=True
-    ):
+    for ours, stored in zip(jax.tree.leaves(mixed), jax.tree.leaves(batch), strict=True):
         np.testing.assert_array_equal(ours[~own], stored[~own])
 
 

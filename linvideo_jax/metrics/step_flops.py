@@ -10,7 +10,7 @@ from typing import NamedTuple
 from linvideo_jax.metrics import flops
 from linvideo_jax.models.wan import TEXT_TOKENS, WanConfig
 from linvideo_jax.transfer import distill_training
-from linvideo_jax.transfer.recipe import Recipe
+from linvideo_jax.transfer.recipe import Recipe, passes
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,13 @@ def update(recipe: Recipe, size: Size, layers: Layers, batch: int) -> Work:
     train = gradient(student, size, layers, recipe.remat)
     other = Layers(teacher.num_layers, 0, 0)  # the teacher, and a score network
     ask = other.forward(teacher, size)
-    critic = recipe.score_updates * (
-        recipe.rollout_steps * run + gradient(teacher, size, other, recipe.remat)
-    )
-    match recipe.objective:
-        case "adm":
-            sample = train + run + ask
-        case "mse":
-            sample = train
-        case "own_points":
-            share = recipe.num_points / recipe.batch_size
-            sample = train + 2 * share * run + share * ask
-        case "adm_score":
-            sample = train + 2 * ask + critic
-        case "dmd":
-            # Each step of the rollout is computed again before its gradient.
-            again = Work(recomputed=run.forward)
-            sample = recipe.rollout_steps * (train + again) + 2 * ask + critic
-    if recipe.velocity == "teacher":  # asked for velocities that are not stored, once of each
-        sample += (1 - share if recipe.objective == "own_points" else 1) * ask
+    counted = passes(recipe)
+    sample = counted.student * run + counted.student_gradients * train
+    sample += (counted.teacher + counted.score) * ask
+    sample += counted.score_gradients * gradient(teacher, size, other, recipe.remat)
+    if recipe.objective == "dmd":
+        # Each step of the rollout is computed again before its gradient.
+        sample += recipe.rollout_steps * Work(recomputed=run.forward)
     return batch * sample
 
 

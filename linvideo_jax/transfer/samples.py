@@ -141,24 +141,26 @@ def no_points(recipe: Recipe, latent_shape: Sequence[int], text_shape: Sequence[
     return Points(zeros(latent_shape), last, zeros(text_shape), none, jnp.copy(none))
 
 
+def _in_blocks(recipe: Recipe, leaf: Array) -> Array:
+    blocks = (recipe.layout or WHOLE).blocks(recipe.batch_size)
+    return leaf.reshape(blocks, -1, *leaf.shape[1:])
+
+
 def with_points(recipe: Recipe, batch: Any) -> Any:
     """Of a batch, or of its points, those that are moved: the first ones of each block."""
-    blocks = (recipe.layout or WHOLE).blocks(recipe.batch_size)
 
     def first(leaf):
-        in_blocks = leaf.reshape(blocks, -1, *leaf.shape[1:])
-        kept = in_blocks[:, : recipe.num_points // blocks]
-        return kept.reshape(-1, *leaf.shape[1:])
+        blocks = _in_blocks(recipe, leaf)
+        return blocks[:, : recipe.num_points // len(blocks)].reshape(-1, *leaf.shape[1:])
 
     return jax.tree.map(first, batch)
 
 
 def replaced(recipe: Recipe, batch: Any, others: Any) -> Any:
     """The batch with others in the place of `with_points(recipe, batch)`."""
-    blocks = (recipe.layout or WHOLE).blocks(recipe.batch_size)
 
     def joined(leaf, other):
-        leaf, other = (a.reshape(blocks, -1, *a.shape[1:]) for a in (leaf, other))
+        leaf, other = (_in_blocks(recipe, one) for one in (leaf, other))
         joined = jnp.concatenate([other, leaf[:, other.shape[1] :]], axis=1)
         return joined.reshape(-1, *leaf.shape[2:])
 
@@ -196,6 +198,7 @@ def move(
 def own_points(
     batch: Batch,
     points: Points,
+    fresh: Fresh,
     recipe: Recipe,
     teacher: Callable[..., Array],
     knobs: Knobs,
@@ -206,10 +209,10 @@ def own_points(
     Only as many samples keep a point as the share needs in whole numbers (`Recipe.num_points`); of
     those a part is drawn, so that the share holds on the mean. At the points the teacher is asked
     for its velocity, of the conditional or the negative branch as in `Draw`; of a batch without
-    stored velocities it is left open. teacher(x, t, text, text_lengths).
+    stored velocities it is left open. batch: without its fresh states; points, fresh: as `move`
+    has them; teacher(x, t, text, text_lengths).
     """
     branch, share = jax.random.split(key)
-    batch, fresh = batch._replace(fresh=None), with_points(recipe, batch.fresh)
     stored = with_points(recipe, batch)
     negative = jax.random.bernoulli(branch, knobs.negative_fraction, points.step.shape)
     t = jnp.asarray(recipe.sigmas, jnp.float32)[points.step]

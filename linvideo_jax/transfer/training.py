@@ -230,9 +230,10 @@ def update(recipe: Recipe, state: State, teacher_params: Params, batch: Batch, k
         teacher = network(recipe, recipe.teacher, teacher_params)
         before, fresh = samples.with_points(recipe, (state["own"], batch.fresh))
         points = samples.move(before, fresh, recipe, student, knobs)
-        batch = samples.own_points(batch, points, recipe, teacher, knobs, keys[1])
+        batch = batch._replace(fresh=None)
+        batch = samples.own_points(batch, points, fresh, recipe, teacher, knobs, keys[1])
         state = state | {"own": samples.replaced(recipe, state["own"], points)}
-    batch = batch._replace(fresh=None, others=None)
+    batch = batch._replace(others=None)
     grads, metrics = gradients(recipe, state, teacher_params, batch, noised, knobs)
     state, moved = stepped(recipe, state, grads, knobs)
     metrics = kept(recipe, metrics | moved | more)
